@@ -1,0 +1,100 @@
+"""Every error that a user can cause, in one hierarchy.
+
+::
+
+    ZsqError                          .where, .hint; str() says what, where, what to do
+    |- ModelError                     the input model
+    |  |- UnsupportedOperatorError    lists all missing operators at once
+    |  |- NoBatchNormError            nothing to match images to
+    |  '- DynamicShapeError           free dimensions that need --input-shape
+    |- SettingsError                  an option's value
+    |- DataError                      images, folders, archives
+    |- GenerationError                diverged or non-finite
+    |- TargetError                    what a runtime or chip cannot take
+    '- VerificationError              the file could not be checked at all
+
+The command line prints ``str(error)`` as one line and exits with 2.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "DataError",
+    "DynamicShapeError",
+    "GenerationError",
+    "ModelError",
+    "NoBatchNormError",
+    "SettingsError",
+    "TargetError",
+    "UnsupportedOperatorError",
+    "VerificationError",
+    "ZsqError",
+]
+
+
+class ZsqError(Exception):
+    """What went wrong, where, and what to do about it.
+
+    Args:
+        what: the fault, without a full stop.
+        where: file, node or tensor concerned; empty if the fault has no place.
+        hint: what to do; empty if nothing helps.
+    """
+
+    def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
+        self.what, self.where, self.hint = what, where, hint
+        super().__init__(what, where, hint)
+
+    def __str__(self) -> str:
+        line = f"{self.where}: {self.what}" if self.where else self.what
+        line = f"{line}; {self.hint}" if self.hint else line
+        return " ".join(line.split())
+
+
+class ModelError(ZsqError):
+    """The input model cannot be used."""
+
+
+class UnsupportedOperatorError(ModelError):
+    """The graph holds operators that the engine lacks; ``missing`` lists them all.
+
+    Args:
+        missing: names like ``"Einsum"`` or ``"com.acme:Magic"``.
+        where: the file or graph.
+    """
+
+    def __init__(self, missing: tuple[str, ...], *, where: str = "") -> None:
+        self.missing = tuple(sorted(set(missing)))
+        super().__init__(
+            f"unsupported operator(s): {', '.join(self.missing)}",
+            where=where,
+            hint="export without them, or cut the model before them",
+        )
+
+
+class NoBatchNormError(ModelError):
+    """The graph has no BatchNormalization whose statistics images could match."""
+
+
+class DynamicShapeError(ModelError):
+    """The input has free dimensions other than the batch."""
+
+
+class SettingsError(ZsqError):
+    """An option has a value that cannot be used."""
+
+
+class DataError(ZsqError):
+    """Images, labels or archives that cannot be used."""
+
+
+class GenerationError(ZsqError):
+    """Image generation diverged."""
+
+
+class TargetError(ZsqError):
+    """A runtime or chip cannot take the model."""
+
+
+class VerificationError(ZsqError):
+    """The model could not be verified at all (a mismatch is a result, not this error)."""
