@@ -1,0 +1,172 @@
+"""Free a graph of its shape arithmetic, and of a batch size that is baked into it.
+
+Exporters compute the target of a Reshape at run time (Shape, Gather, Unsqueeze, Concat) when
+the batch is dynamic. Folding the graph once with batch 2 and once with batch 3 shows what such
+a chain yields: what is equal is a constant; what follows the batch is spelled without
+arithmetic (`graph_tools.shape_rules`). What cannot be spelled so stays as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from graph_tools.folding import check_sizes, fold_constants, fold_shapes
+from graph_tools.shape_rules import Probe, Use, free_constant, rewrite, same
+from graph_tools.shapes import BATCH, PROBES, infer, set_shape, with_batch
+
+__all__ = ["fold_at_batch", "generalize_batch", "resolve_shapes"]
+
+_MAX_ROUNDS = 16
+
+
+def resolve_shapes(
+    proto: onnx.ModelProto, *, batches: Sequence[int] = PROBES
+) -> onnx.ModelProto:
+    """Replace shape arithmetic by constants that hold for every batch size.
+
+    Args:
+        proto: one graph input, its height, width and channels static.
+        batches: the sizes to fold at. With a single one its values are taken as they are:
+            the result then runs at that size only.
+
+    Returns:
+        A new model, constants folded. Constant conditions of If are resolved too.
+
+    Raises:
+        ModelError: a tensor would be too large.
+    """
+    proto = fold_constants(proto)
+    for _ in range(_MAX_ROUNDS):
+        probes = tuple(fold_at_batch(proto, batch) for batch in batches)
+        if not _substitute(proto, probes):
+            break
+        proto = fold_constants(proto)
+    return proto
+
+
+def fold_at_batch(proto: onnx.ModelProto, batch: int) -> Probe:
+    """Fold the graph at one batch size and infer its shapes; its large weights are left out.
+
+    Raises:
+        ModelError: a tensor would be too large.
+    """
+    bare = with_batch(proto, proto.graph.input[0].name, batch)
+    # As outputs, the conditions outlive the If nodes that are spliced away.
+    outputs = {value.name for value in bare.graph.output}
+    conditions = {node.input[0] for node in bare.graph.node if node.op_type == "If"}
+    for name in sorted(conditions - outputs):
+        value = bare.graph.output.add(name=name)
+        set_shape(value, onnx.TensorProto.BOOL, None)
+    check_sizes(infer(bare))
+    for _ in range(_MAX_ROUNDS):
+        num_nodes = len(bare.graph.node)
+        changed = fold_shapes(bare)
+        bare = fold_constants(bare)
+        if not changed and len(bare.graph.node) == num_nodes:
+            break
+    types = infer(bare)
+    check_sizes(types)
+    constants = {t.name: numpy_helper.to_array(t) for t in bare.graph.initializer}
+    return Probe(constants, types)
+
+
+def _substitute(proto: onnx.ModelProto, probes: tuple[Probe, ...]) -> bool:
+    graph = proto.graph
+    inputs = {value.name for value in graph.input}
+    made = [name for node in graph.node for name in node.output if name and name not in inputs]
+    changed = False
+    for name in made:
+        if not all(name in probe.constants for probe in probes):
+            continue
+        values = tuple(probe.constants[name] for probe in probes)
+        if all(same(value, values[0]) for value in values):
+            _make_constant(graph, name, values[0])
+            changed = True
+        else:
+            changed |= _rewrite_uses(graph, name, values, probes)
+    return changed
+
+
+def _make_constant(graph: onnx.GraphProto, name: str, value: np.ndarray) -> None:
+    for node in graph.node:
+        for index, output in enumerate(node.output):
+            if output == name:
+                node.output[index] = f"{name}/unused"
+    graph.initializer.append(numpy_helper.from_array(value, name))
+
+
+def _rewrite_uses(
+    graph: onnx.GraphProto,
+    name: str,
+    values: tuple[np.ndarray, ...],
+    probes: tuple[Probe, ...],
+) -> bool:
+    changed = False
+    for node in graph.node:
+        for index in [i for i, given in enumerate(node.input) if given == name]:
+            changed |= rewrite(graph, Use(node, index, values, probes))
+    return changed
+
+
+def generalize_batch(proto: onnx.ModelProto, batch: int) -> onnx.ModelProto:
+    """Guess the form for any batch size of a graph whose constants are written for one.
+
+    In the order of the graph, each Reshape is given the 0 or -1 at the place where, in memory
+    order, the batch of its input goes. The guess must be checked by running it.
+
+    Args:
+        proto: opset of the normal form, one graph input.
+        batch: the size that the graph is written for.
+
+    Returns:
+        A new model with a dynamic batch, shape arithmetic resolved.
+
+    Raises:
+        ModelError: a tensor would be too large.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(fold_constants(proto))
+    graph = result.graph
+    dim = graph.input[0].type.tensor_type.shape.dim[0]
+    dim.Clear()
+    dim.dim_param = BATCH
+    probe = fold_at_batch(result, batch)
+    done: set[str] = set()
+    while ready := _next_constant_shapes(graph, done):
+        larger = infer(with_batch(result, graph.input[0].name, batch + 1))
+        for node, index, value in ready:
+            done.add(node.output[0])
+            source = probe.shape(node.input[0])
+            target = probe.shape(node.output[0])
+            grown = larger[node.input[0]].static if node.input[0] in larger else None
+            if source and target and grown and len(source) == len(grown) and value.ndim == 1:
+                free_constant(graph, node, index, value, (source, grown, target))
+    return resolve_shapes(result)
+
+
+_SHAPE_INDEX = {"Reshape": 1, "Expand": 1, "Resize": 3}
+
+
+def _next_constant_shapes(
+    graph: onnx.GraphProto, done: set[str]
+) -> list[tuple[onnx.NodeProto, int, np.ndarray]]:
+    """Return the nodes with a constant target shape that no other such node feeds."""
+    constants = {t.name: t for t in graph.initializer}
+    waiting: set[str] = set()
+    ready = []
+    for node in graph.node:
+        index = _SHAPE_INDEX.get(node.op_type, 0)
+        fed = not waiting.isdisjoint(node.input)
+        is_target = 0 < index < len(node.input) and node.input[index] in constants
+        if is_target and node.output[0] not in done:
+            if not fed:
+                value = numpy_helper.to_array(constants[node.input[index]])
+                ready.append((node, index, value))
+            fed = True
+        if fed:
+            waiting.update(node.output)
+    return ready

@@ -1,0 +1,210 @@
+"""Constant folding with onnx-graphsurgeon, silent and bounded.
+
+A file of a hundred bytes can ask for a tensor of terabytes (ConstantOfShape, Expand, Tile).
+Only nodes whose results have a known and reasonable size are computed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from graph_tools.errors import ModelError
+from graph_tools.passes import constants_to_initializers, inline_constant_ifs, remove_no_ops
+from graph_tools.quiet import one_line, quiet
+from graph_tools.shapes import TensorType, infer
+
+__all__ = [
+    "MAX_CONSTANT",
+    "MAX_TENSOR",
+    "check_sizes",
+    "fold_constants",
+    "fold_shapes",
+    "sort_nodes",
+]
+
+MAX_CONSTANT = 2**26
+"""The most elements that a tensor computed from constants alone may have."""
+
+MAX_TENSOR = 2**31
+"""The most elements that any tensor may have at the batch sizes used here."""
+
+_RANDOM = frozenset(
+    "Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform "
+    "RandomUniformLike".split()
+)
+# No larger than their inputs (times the rank), though the exact size depends on values.
+_BOUNDED = frozenset("Compress NonZero Reshape Slice Squeeze Unique".split())
+_MAX_ROUNDS = 16
+
+
+def fold_constants(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Compute all that depends on constants only, splice constant Ifs, drop dead nodes.
+
+    Args:
+        proto: a model without initializers among its inputs.
+
+    Returns:
+        A new model with the same inputs, outputs and tensor names; nodes sorted.
+
+    Raises:
+        ModelError: a constant would have more than `MAX_CONSTANT` elements.
+    """
+    for _ in range(_MAX_ROUNDS):
+        num_nodes = len(proto.graph.node)
+        constants_to_initializers(proto.graph)
+        proto = _fold_once(proto)
+        remove_no_ops(proto.graph)
+        spliced = inline_constant_ifs(proto.graph)
+        if not spliced and len(proto.graph.node) == num_nodes:
+            break
+    return proto
+
+
+def _fold_once(proto: onnx.ModelProto) -> onnx.ModelProto:
+    foldable = _foldable(proto, infer(proto))
+    try:
+        result = _gs_fold(proto, foldable, partitioning=None)
+    except Exception:  # one node that onnxruntime cannot run must not keep the rest
+        try:
+            result = _gs_fold(proto, foldable, partitioning="recursive")
+        except Exception as error:
+            raise ModelError(f"constants cannot be folded: {one_line(error)}") from error
+    return _restored(proto, result)
+
+
+def _gs_fold(
+    proto: onnx.ModelProto, foldable: set[str], *, partitioning: str | None
+) -> onnx.ModelProto:
+    with quiet():
+        graph = gs.import_onnx(proto)
+        graph.toposort()
+        if foldable:
+            graph.fold_constants(
+                fold_shapes=False,
+                recurse_subgraphs=False,
+                flatten_subgraphs=False,
+                partitioning=partitioning,
+                error_ok=partitioning is not None,
+                should_exclude_node=lambda node: not _names(node) & foldable,
+            )
+        graph.cleanup()
+        result: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
+        return result
+
+
+def sort_nodes(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy with the nodes in the order of the data.
+
+    Raises:
+        ModelError: that order does not exist.
+    """
+    try:
+        with quiet():
+            result: onnx.ModelProto = gs.export_onnx(
+                gs.import_onnx(proto).toposort(), do_type_check=False
+            )
+    except Exception as error:
+        raise ModelError(f"the nodes cannot be sorted: {one_line(error)}") from error
+    return _restored(proto, result)
+
+
+def _names(node: gs.Node) -> set[str]:
+    return {tensor.name for tensor in node.outputs if tensor.name}
+
+
+def _restored(source: onnx.ModelProto, result: onnx.ModelProto) -> onnx.ModelProto:
+    """Keep versions, metadata, inputs and outputs, whatever became constant or unused."""
+    result.ir_version = source.ir_version
+    for name in ("metadata_props", "opset_import"):
+        del getattr(result, name)[:]
+        getattr(result, name).extend(getattr(source, name))
+    for name in ("input", "output"):
+        del getattr(result.graph, name)[:]
+        getattr(result.graph, name).extend(getattr(source.graph, name))
+    del result.graph.value_info[:]
+    return result
+
+
+def _foldable(proto: onnx.ModelProto, types: dict[str, TensorType]) -> set[str]:
+    """Return the outputs of the nodes that depend on constants only and may be computed."""
+    constant = {t.name for t in proto.graph.initializer}
+    foldable: set[str] = set()
+    pending = list(proto.graph.node)
+    while pending:
+        waiting = []
+        for node in pending:
+            if not all(name in constant for name in node.input if name):
+                waiting.append(node)
+            elif _may_compute(node, types):
+                constant.update(name for name in node.output if name)
+                foldable.update(name for name in node.output if name)
+        if len(waiting) == len(pending):
+            break
+        pending = waiting
+    return foldable
+
+
+def _may_compute(node: onnx.NodeProto, types: dict[str, TensorType]) -> bool:
+    if node.op_type in _RANDOM or node.op_type in ("Loop", "Scan"):
+        return False
+    for name in filter(None, node.output):
+        shape = types[name].static if name in types else None
+        if shape is None:
+            if node.op_type not in _BOUNDED:
+                return False
+        elif _num_elements(shape) > MAX_CONSTANT:
+            raise ModelError(
+                f"makes a constant of {_num_elements(shape)} elements "
+                f"(at most {MAX_CONSTANT} are supported)",
+                where=f"node '{node.name or name}' ({node.op_type})",
+            )
+    return True
+
+
+def _num_elements(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=object))
+
+
+def fold_shapes(proto: onnx.ModelProto) -> bool:
+    """Replace Shape and Size of tensors with known shapes by initializers, in place.
+
+    Returns:
+        Whether anything changed.
+    """
+    types = infer(proto)
+    graph = proto.graph
+    done = []
+    for node in graph.node:
+        if node.op_type not in ("Shape", "Size"):
+            continue
+        shape = types[node.input[0]].static if node.input[0] in types else None
+        if shape is None:
+            continue
+        if node.op_type == "Shape":
+            limits = {a.name: a.i for a in node.attribute}
+            shape = shape[limits.get("start", 0) : limits.get("end", len(shape))]
+            value = np.array(shape, np.int64)
+        else:
+            value = np.array(_num_elements(shape), np.int64)
+        graph.initializer.append(onnx.numpy_helper.from_array(value, node.output[0]))
+        done.append(node)
+    for node in done:
+        graph.node.remove(node)
+    return bool(done)
+
+
+def check_sizes(types: dict[str, TensorType]) -> None:
+    """Refuse graphs with a tensor of more than `MAX_TENSOR` elements.
+
+    Raises:
+        ModelError: naming the tensor.
+    """
+    for name, type_ in types.items():
+        shape = type_.static
+        if shape is not None and _num_elements(shape) > MAX_TENSOR:
+            raise ModelError(
+                f"tensor '{name}' would have {_num_elements(shape)} elements",
+                hint="give a smaller --input-shape",
+            )

@@ -1,0 +1,216 @@
+"""Read an ONNX file whole, or say in one line why it cannot be read.
+
+Nothing outside the folder of the file is opened, and no external data before its location,
+offset and length were checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+
+from graph_tools.errors import ModelError
+from graph_tools.walk import all_graphs, all_nodes, all_tensors
+
+__all__ = ["MAX_BYTES", "check_weights", "read_proto"]
+
+MAX_BYTES = 2**31 - 1
+"""The most bytes that protobuf reads or writes as one message."""
+
+_FLOATS = frozenset(
+    {
+        onnx.TensorProto.FLOAT,
+        onnx.TensorProto.FLOAT16,
+        onnx.TensorProto.DOUBLE,
+        onnx.TensorProto.BFLOAT16,
+    }
+)
+_TAKES_INFINITY = frozenset(
+    "Cast CastLike Clip ConstantOfShape Equal Expand Greater GreaterOrEqual Identity Less "
+    "LessOrEqual Max Min Pad Where".split()
+)
+
+
+def read_proto(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, str]:
+    """Read a model with its external data.
+
+    Args:
+        path: an .onnx file.
+
+    Returns:
+        The model, all weights inside it, and the sha256 of the file in hex.
+
+    Raises:
+        ModelError: the file is missing, empty, truncated, not ONNX or larger than
+            `MAX_BYTES`, or its external data is missing, too short or outside its folder.
+    """
+    file = Path(path)
+    where = str(path)
+    if file.is_dir():
+        raise ModelError("is a folder", where=where, hint="give the .onnx file")
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError as error:
+        raise ModelError("no such file", where=where) from error
+    except OSError as error:
+        raise ModelError(f"cannot be read: {error.strerror}", where=where) from error
+    if not data:
+        raise ModelError("the file is empty", where=where, hint="export or download it again")
+    if data.startswith(b"version https://git-lfs"):
+        raise ModelError("is a Git LFS pointer", where=where, hint="run `git lfs pull`")
+    if len(data) > MAX_BYTES:
+        raise ModelError("larger than 2 GiB, the limit of ONNX files", where=where)
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except Exception as error:  # DecodeError, from a package without types
+        raise ModelError(
+            "not an ONNX file, or truncated", where=where, hint="export or download it again"
+        ) from error
+    if not proto.ir_version or not (proto.graph.node or proto.graph.output):
+        raise ModelError("not an ONNX file, or truncated: no graph in it", where=where)
+    if not all(isinstance(text, str) for text in _texts(proto)):
+        raise ModelError(
+            "damaged: a name in it is not text",
+            where=where,
+            hint="export or download it again",
+        )
+    _load_external_data(proto, file)
+    return proto, hashlib.sha256(data).hexdigest()
+
+
+def _texts(proto: onnx.ModelProto) -> Iterator[object]:
+    """Yield all names; protobuf gives bytes for those that are not UTF-8."""
+    for opset in proto.opset_import:
+        yield opset.domain
+    for function in proto.functions:
+        yield from (function.name, function.domain, *function.input, *function.output)
+    for graph in all_graphs(proto):
+        yield graph.name
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            yield value.name
+            for dim in value.type.tensor_type.shape.dim:
+                yield dim.dim_param
+        yield from (tensor.name for tensor in graph.initializer)
+    for node in all_nodes(proto):
+        yield from (node.op_type, node.name, node.domain, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
+
+
+def _load_external_data(proto: onnx.ModelProto, file: Path) -> None:
+    tensors = [(name, tensor) for name, tensor in all_tensors(proto)]
+    external = [(name, tensor) for name, tensor in tensors if uses_external_data(tensor)]
+    total = proto.ByteSize()
+    for name, tensor in external:
+        total += _check_external(name, tensor, file)
+    if total > MAX_BYTES:
+        raise ModelError(
+            f"{total / 2**30:.1f} GiB of weights; at most 2 GiB are supported", where=str(file)
+        )
+    for name, tensor in external:
+        try:
+            load_external_data_for_tensor(tensor, str(file.parent))
+        except Exception as error:
+            raise ModelError(
+                f"external data of tensor '{name}' cannot be read: {error}", where=str(file)
+            ) from error
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        del tensor.external_data[:]
+
+
+def _check_external(name: str, tensor: onnx.TensorProto, file: Path) -> int:
+    """Return the number of bytes that `tensor` reads, or raise ModelError."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    what = f"external data '{location}' of tensor '{name}'"
+
+    def fault(text: str, hint: str = "") -> ModelError:
+        return ModelError(f"{what} {text}", where=str(file), hint=hint)
+
+    pure = PurePosixPath(location)
+    if (
+        not location
+        or pure.is_absolute()
+        or ".." in pure.parts
+        or PureWindowsPath(location).drive
+        or "\\" in location
+        or "\0" in location
+    ):
+        raise fault("lies outside the model's folder", "keep it beside the .onnx file")
+    folder = file.parent.resolve()
+    target = file.parent / location
+    if not target.resolve().is_relative_to(folder):
+        raise fault("is a link that leaves the model's folder", "copy the data there")
+    if not target.is_file():
+        raise fault("is missing", "keep it beside the .onnx file")
+    try:
+        offset = int(entries.get("offset") or 0)
+        size = target.stat().st_size
+        length = int(entries.get("length") or size - offset)
+    except ValueError as error:
+        raise fault("has a malformed offset or length") from error
+    if offset < 0 or length < 0 or offset + length > size:
+        raise fault(f"ends early ({size} bytes, {offset + length} needed)", "is it truncated?")
+    return length
+
+
+def check_weights(proto: onnx.ModelProto, *, where: str) -> None:
+    """Refuse tensors whose data does not fit their shape, NaN, and infinite weights.
+
+    Infinity is accepted where it is a bound or a mask (Clip, Pad, Where and the like).
+
+    Args:
+        proto: any model, its weights inside.
+        where: the file, for the message.
+
+    Raises:
+        ModelError: naming the tensor.
+    """
+    users: dict[str, set[str]] = defaultdict(set)
+    for node in all_nodes(proto):
+        if node.op_type == "Constant" and node.output:
+            continue
+        for name in node.input:
+            users[name].add(node.op_type)
+        if node.op_type == "ConstantOfShape":
+            users[node.output[0]].add(node.op_type)
+    for name, tensor in all_tensors(proto):
+        try:
+            values = numpy_helper.to_array(tensor)
+        except Exception as error:
+            raise ModelError(
+                f"tensor '{name}' is malformed: its data does not fit its shape "
+                f"{_shape(tensor.dims)}",
+                where=where,
+                hint="the file is damaged; export it again",
+            ) from error
+        if tensor.data_type in _FLOATS:
+            _check_finite(name, values.astype(np.float64), users[name], where)
+
+
+def _check_finite(name: str, values: np.ndarray, users: set[str], where: str) -> None:
+    if np.isfinite(values).all():
+        return
+    num_nan = int(np.isnan(values).sum())
+    if num_nan:
+        raise ModelError(f"tensor '{name}' holds {num_nan} NaN", where=where, hint=_RETRAIN)
+    if not users <= _TAKES_INFINITY:
+        num_inf = int(np.isinf(values).sum())
+        raise ModelError(
+            f"tensor '{name}' holds {num_inf} infinite values", where=where, hint=_RETRAIN
+        )
+
+
+_RETRAIN = "the checkpoint is damaged; export a sound one"
+
+
+def _shape(dims: Iterable[int]) -> str:
+    return "x".join(str(dim) for dim in dims) or "scalar"

@@ -1,0 +1,63 @@
+"""Iterate over everything nested in an ONNX model: graphs, nodes, tensors, types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx
+
+__all__ = ["all_graphs", "all_nodes", "all_tensors", "subgraphs"]
+
+
+def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """Yield the graphs held directly by the attributes of `node` (If, Loop, Scan)."""
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+        elif attribute.type == onnx.AttributeProto.GRAPHS:
+            yield from attribute.graphs
+
+
+def _nested_nodes(nodes: Iterator[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    for node in nodes:
+        yield node
+        for graph in subgraphs(node):
+            yield from _nested_nodes(iter(graph.node))
+
+
+def all_nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Yield every node of the graph, of its subgraphs and of the model-local functions."""
+    yield from _nested_nodes(iter(proto.graph.node))
+    for function in proto.functions:
+        yield from _nested_nodes(iter(function.node))
+
+
+def all_graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """Yield the main graph and every subgraph, those inside functions included."""
+    yield proto.graph
+    for node in all_nodes(proto):
+        yield from subgraphs(node)
+
+
+def all_tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto]]:
+    """Yield ``(name for messages, tensor)`` for each initializer and tensor attribute.
+
+    The two parts of a sparse tensor are yielded one after the other. The tensors are those of
+    the model, not copies: writing to them changes it.
+    """
+    for graph in all_graphs(proto):
+        for tensor in graph.initializer:
+            yield tensor.name, tensor
+        for sparse in graph.sparse_initializer:
+            yield sparse.values.name, sparse.values
+            yield sparse.values.name, sparse.indices
+    for node in all_nodes(proto):
+        name = node.output[0] if node.output else node.name
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                yield name, attribute.t
+            elif attribute.type == onnx.AttributeProto.TENSORS:
+                yield from ((name, tensor) for tensor in attribute.tensors)
+            elif attribute.type == onnx.AttributeProto.SPARSE_TENSOR:
+                yield name, attribute.sparse_tensor.values
+                yield name, attribute.sparse_tensor.indices
