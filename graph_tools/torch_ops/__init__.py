@@ -1,0 +1,49 @@
+"""ONNX operators in torch, a family a file; importing this package registers them all.
+
+To add an operator, write one function in the file of its family (see
+:mod:`graph_tools.torch_ops.registry`).
+"""
+
+from __future__ import annotations
+
+from graph_tools.torch_ops import (
+    activation,
+    convolution,
+    creation,
+    elementwise,
+    indexing,
+    linear,
+    logic,
+    normalization,
+    padding,
+    pooling,
+    quantization,
+    reduction,
+    resize,
+    shape,
+    sorting,
+)
+from graph_tools.torch_ops.registry import OPERATORS, Compute, Node, Operator, operator
+
+__all__ = [
+    "OPERATORS",
+    "Compute",
+    "Node",
+    "Operator",
+    "activation",
+    "convolution",
+    "creation",
+    "elementwise",
+    "indexing",
+    "linear",
+    "logic",
+    "normalization",
+    "operator",
+    "padding",
+    "pooling",
+    "quantization",
+    "reduction",
+    "resize",
+    "shape",
+    "sorting",
+]

@@ -1,0 +1,78 @@
+"""Tensors made from shapes and numbers, and changes of type."""
+
+from __future__ import annotations
+
+import torch
+
+from graph_tools.torch_ops.dtypes import FLOAT8_TYPES, torch_type
+from graph_tools.torch_ops.registry import Compute, Node, operator
+
+__all__ = ["cast", "cast_like", "constant_of_shape", "constant_value", "convert", "range_"]
+
+
+def constant_value(node: Node) -> torch.Tensor:
+    """Return the value of a Constant node.
+
+    Raises:
+        ModelError: strings or sparse tensors.
+    """
+    attributes = node.attributes
+    if "value" in attributes:
+        return attributes["value"]  # type: ignore[no-any-return]
+    for kind in ("value_float", "value_floats"):
+        if kind in attributes:
+            return torch.tensor(attributes[kind], dtype=torch.float32)
+    for kind in ("value_int", "value_ints"):
+        if kind in attributes:
+            return torch.tensor(attributes[kind], dtype=torch.int64)
+    raise node.fault("only tensors, floats and integers are supported")
+
+
+@operator("Constant")
+def constant(node: Node) -> Compute:
+    """A tensor that the node itself holds."""
+    value = constant_value(node)
+    return lambda: value
+
+
+@operator("ConstantOfShape", host=(0,))
+def constant_of_shape(node: Node) -> Compute:
+    """A tensor of one repeated value, by default float zero."""
+    shape_input = node.ints_input(0)
+    value = node.attributes.get("value", torch.zeros(1)).reshape(())
+    return lambda wanted: value.expand(shape_input(wanted) or ()).clone()
+
+
+@operator("Range", host=(0, 1, 2))
+def range_(node: Node) -> Compute:
+    """Numbers from start (included) to limit (not included)."""
+
+    def compute(start: torch.Tensor, limit: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        wide = start.double() if start.dtype.is_floating_point else start.long()
+        count = torch.ceil((limit.to(wide.dtype) - wide) / delta.to(wide.dtype))
+        steps = torch.arange(max(int(count), 0), dtype=wide.dtype)
+        return (wide + steps * delta.to(wide.dtype)).to(start.dtype)
+
+    return compute
+
+
+def convert(x: torch.Tensor, dtype: torch.dtype, saturate: bool) -> torch.Tensor:
+    """Change the type; to 8-bit floats with saturation, to integers by truncation."""
+    if dtype in FLOAT8_TYPES and saturate:
+        limit = torch.finfo(dtype).max
+        x = x.float().clamp(-limit, limit)
+    return x.to(dtype)
+
+
+@operator("Cast")
+def cast(node: Node) -> Compute:
+    """Change the type to that of an attribute."""
+    dtype, saturate = torch_type(node.attributes["to"]), node.flag("saturate", default=True)
+    return lambda x: convert(x, dtype, saturate)
+
+
+@operator("CastLike")
+def cast_like(node: Node) -> Compute:
+    """Change the type to that of another tensor."""
+    saturate = node.flag("saturate", default=True)
+    return lambda x, like: convert(x, like.dtype, saturate)
