@@ -1,0 +1,260 @@
+"""Two models on the same images: SQNR, largest error and histograms, tensor by tensor.
+
+``SQNR = 10 log10(sum s^2 / sum (s - q)^2)`` in dB over all images, with s of the float and q
+of the quantized model; infinite when they are equal. Sums are kept in float64 and batches are
+streamed, so memory does not depend on the number of images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+
+from graph_tools.errors import DataError, ModelError
+
+__all__ = ["Histogram", "TensorComparison", "compare_tensors", "with_outputs"]
+
+_BINS = 64
+_FINE = 64 * _BINS  # bins while the range may still grow; merged to _BINS at the end
+_BATCH_VALUES = 2**19  # input values run at once, because every pair is an output
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """How often values occur in both models.
+
+    Attributes:
+        edges: [bins + 1] float64, ascending, equally far apart.
+        float: [bins] int64 counts in the float model.
+        quantized: [bins] int64 counts in the quantized model.
+    """
+
+    edges: npt.NDArray[np.float64]
+    float: npt.NDArray[np.int64]
+    quantized: npt.NDArray[np.int64]
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Plain data: ``edges``, ``float``, ``quantized``."""
+        return {
+            "edges": self.edges.tolist(),
+            "float": self.float.tolist(),
+            "quantized": self.quantized.tolist(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorComparison:
+    """One tensor in both models, over all images.
+
+    Attributes:
+        sqnr_db: signal to quantization noise ratio in dB; ``inf`` when equal, ``-inf`` when
+            only the float tensor is zero, or a value is not finite.
+        max_abs_error: largest ``|s - q|``.
+        signal_power: mean of ``s^2``.
+        noise_power: mean of ``(s - q)^2``.
+        elements: how many were compared.
+        histogram: where asked for.
+    """
+
+    sqnr_db: float
+    max_abs_error: float
+    signal_power: float
+    noise_power: float
+    elements: int
+    histogram: Histogram | None = None
+
+
+def with_outputs(proto: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
+    """Return a copy whose only outputs are ``tensors``.
+
+    Raises:
+        ModelError: a tensor that the graph does not have.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    known = {name for node in proto.graph.node for name in node.output}
+    known |= {entry.name for entry in proto.graph.input}
+    del copy.graph.output[:]
+    for name in dict.fromkeys(tensors):
+        if name not in known:
+            raise ModelError("there is no such tensor in the graph", where=name)
+        copy.graph.output.append(onnx.ValueInfoProto(name=name))
+    return copy
+
+
+def compare_tensors(
+    float_proto: onnx.ModelProto,
+    quantized_proto: onnx.ModelProto,
+    pairs: Mapping[str, str],
+    images: Iterable[npt.NDArray[np.float32]],
+    *,
+    histograms: Collection[str] = (),
+    threads: int = 0,
+) -> dict[str, TensorComparison]:
+    """Compare tensors of two models, run by onnxruntime without optimization.
+
+    Args:
+        float_proto: one model with one input.
+        quantized_proto: the other, with the same input shape.
+        pairs: tensor of the float model to tensor (dequantized) of the quantized model.
+        images: batches, [N, ...] float32 in the models' own layout, such as
+            ``ImageSet.batches(32)``; read once. A model with a fixed batch gets batches of
+            that size, the last one filled up.
+        histograms: tensors of the float model to make histograms of.
+        threads: onnxruntime threads in an operator; 0 lets it choose.
+
+    Returns:
+        A comparison for each pair, by the float model's tensor name, in the order given.
+
+    Raises:
+        ModelError: a tensor is missing or the two shapes differ; onnxruntime refuses a model.
+        DataError: there are no images.
+
+    Example:
+        ``compare_tensors(model.proto, qdq, {"logits": "logits"}, images.batches(32))``
+    """
+    runs = (
+        _Run(float_proto, list(pairs), threads),
+        _Run(quantized_proto, list(pairs.values()), threads),
+    )
+    sizes = {run.batch for run in runs if run.batch is not None}
+    if len(sizes) > 1:
+        raise ModelError(f"the two models have different batch sizes, {sorted(sizes)}")
+    size = sizes.pop() if sizes else None
+    meters = {name: _Meter(with_histogram=name in histograms) for name in pairs}
+    for batch in _pieces(images, size):
+        first, second = (run(batch, size) for run in runs)
+        for name, other in pairs.items():
+            meters[name].update(name, first[name], second[other])
+    if not all(meter.elements for meter in meters.values()):
+        raise DataError("there are no images to compare with")
+    return {name: meter.result() for name, meter in meters.items()}
+
+
+class _Run:
+    def __init__(self, proto: onnx.ModelProto, tensors: list[str], threads: int) -> None:
+        self.names = list(dict.fromkeys(tensors))
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            self.session = ort.InferenceSession(
+                with_outputs(proto, self.names).SerializeToString(),
+                options,
+                providers=["CPUExecutionProvider"],
+            )
+        except ModelError:
+            raise
+        except Exception as error:  # onnxruntime's exceptions have no base class of their own
+            raise ModelError(f"onnxruntime refuses the model: {error}") from error
+        entry = self.session.get_inputs()[0]
+        self.input = entry.name
+        first = entry.shape[0] if entry.shape else None
+        self.batch = first if isinstance(first, int) and first > 0 else None
+
+    def __call__(
+        self, images: npt.NDArray[np.float32], size: int | None
+    ) -> dict[str, npt.NDArray[Any]]:
+        count, size = len(images), size or len(images)
+        if count < size:
+            filler = np.repeat(images[-1:], size - count, axis=0)
+            images = np.concatenate([images, filler])
+        try:
+            values = self.session.run(self.names, {self.input: images})
+        except Exception as error:  # see above
+            raise ModelError(f"onnxruntime fails on a batch of {size}: {error}") from error
+        return {
+            name: value[:count] if value.ndim and len(value) == size else value
+            for name, value in zip(self.names, values, strict=True)
+        }
+
+
+def _pieces(
+    images: Iterable[npt.NDArray[np.float32]], size: int | None
+) -> Iterator[npt.NDArray[np.float32]]:
+    for batch in images:
+        step = size or max(1, _BATCH_VALUES // max(1, math.prod(batch.shape[1:])))
+        for start in range(0, len(batch), step):
+            yield np.ascontiguousarray(batch[start : start + step], np.float32)
+
+
+class _Meter:
+    def __init__(self, *, with_histogram: bool) -> None:
+        self.signal = self.noise = self.largest = 0.0
+        self.elements = 0
+        self.counter = _Counter() if with_histogram else None
+
+    def update(self, name: str, first: npt.NDArray[Any], second: npt.NDArray[Any]) -> None:
+        if first.shape != second.shape:
+            raise ModelError(
+                f"has shape {list(first.shape)} in the float model and "
+                f"{list(second.shape)} in the quantized one",
+                where=name,
+            )
+        s, q = (values.astype(np.float64).reshape(-1) for values in (first, second))
+        if self.counter is not None:
+            self.counter.add(s, q)
+        q -= s
+        self.elements += s.size
+        self.signal += float(s @ s)
+        self.noise += float(q @ q)
+        self.largest = max(self.largest, float(np.abs(q).max(initial=0.0)))
+
+    def result(self) -> TensorComparison:
+        ratio = self.signal / self.noise if self.noise else math.inf
+        sqnr = 10 * math.log10(ratio) if ratio > 0 else -math.inf
+        return TensorComparison(
+            sqnr_db=sqnr,
+            max_abs_error=self.largest,
+            signal_power=self.signal / self.elements,
+            noise_power=self.noise / self.elements,
+            elements=self.elements,
+            histogram=None if self.counter is None else self.counter.histogram(),
+        )
+
+
+class _Counter:
+    """Counts in fine bins over [-limit, limit), a power of two that doubles when needed.
+
+    Doubling merges neighbours, so the counts are exact without a first pass for the range.
+    """
+
+    def __init__(self) -> None:
+        self.limit = 0.0
+        self.counts = np.zeros((2, _FINE), np.int64)
+
+    def add(self, *values: npt.NDArray[np.float64]) -> None:
+        finite = [v[np.isfinite(v)] for v in values]
+        largest = max(float(np.abs(v).max(initial=0.0)) for v in finite)
+        if self.limit == 0.0 and largest == 0.0:  # zero is in the same bin at every limit
+            self.counts[:, _FINE // 2] += [len(v) for v in finite]
+            return
+        if self.limit == 0.0:
+            self.limit = 2.0 ** math.frexp(largest)[1]
+        while largest >= self.limit:
+            merged = self.counts.reshape(2, _FINE // 2, 2).sum(axis=2)
+            self.counts = np.pad(merged, ((0, 0), (_FINE // 4, _FINE // 4)))
+            self.limit *= 2
+        for row, v in zip(self.counts, finite, strict=True):
+            bins = np.floor((v / self.limit + 1) * (_FINE // 2)).astype(np.int64)
+            row += np.bincount(bins, minlength=_FINE)
+
+    def histogram(self) -> Histogram:
+        used = np.flatnonzero(self.counts.sum(axis=0))
+        first, last = (int(used[0]), int(used[-1])) if used.size else (_FINE // 2, _FINE // 2)
+        merge = -(-(last - first + 1) // _BINS)
+        first = min(first, _FINE - merge * _BINS)
+        counts = self.counts[:, first : first + merge * _BINS]
+        counts = counts.reshape(2, _BINS, merge).sum(axis=2)
+        width = 2 * (self.limit or 1.0) / _FINE
+        edges = np.arange(_BINS + 1, dtype=np.float64) * merge + (first - _FINE // 2)
+        return Histogram(edges=edges * width, float=counts[0], quantized=counts[1])

@@ -1,0 +1,61 @@
+"""Bring a normal-form graph into the shape that integer kernels want, without changing its values.
+
+The result computes the same function in float (tests compare it with onnxruntime) and has:
+BatchNormalization folded or written as a depthwise convolution, per-channel Mul/Add folded into
+the weights before them, MatMul with a constant as Gemm, means over space as GlobalAveragePool,
+bounds like ReLU6 rescaled to powers of two, one weight and one bias of its own for each
+convolution and Gemm, and every attribute written out.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from graph_tools.batchnorm import fold_batch_norms
+from graph_tools.bounds import rescale_bounds
+from graph_tools.model import Model, replace_proto
+from graph_tools.rewrites import (
+    average_to_global_pool,
+    batch_norm_to_convolution,
+    constant_affine_to_convolution,
+    fold_affine_into_weights,
+    matmul_to_gemm,
+    own_weight_and_bias,
+    write_attributes_out,
+)
+
+__all__ = ["prepare_for_quantization"]
+
+_REWRITES = (
+    matmul_to_gemm,
+    own_weight_and_bias,
+    fold_affine_into_weights,
+    batch_norm_to_convolution,
+    constant_affine_to_convolution,
+    average_to_global_pool,
+    write_attributes_out,
+    rescale_bounds,
+)
+
+
+def prepare_for_quantization(model: Model) -> Model:
+    """Rewrite ``model`` for integer kernels; same inputs, outputs and (float) values.
+
+    Args:
+        model: a loaded network, BatchNormalization nodes kept.
+
+    Returns:
+        The rewritten network; its ``notes`` say what was changed.
+    """
+    folded = fold_batch_norms(model)
+    graph = gs.import_onnx(folded.proto)
+    notes: list[str] = []
+    for rewrite in _REWRITES:
+        count = rewrite(graph)
+        if count:
+            notes.append(f"{rewrite.__name__.replace('_', ' ')}: {count}")
+        graph.cleanup().toposort()
+    proto: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
+    proto.ir_version = folded.proto.ir_version
+    return replace_proto(folded, proto, notes=tuple(notes))

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graph_tools.errors import DataError
+from graph_tools.quantizer import FloatNode, Plan, QuantizedConstant, TensorQuantizer
+
+quantizers = st.builds(
+    TensorQuantizer,
+    bits=st.sampled_from([2, 3, 4, 8, 16]),
+    signed=st.booleans(),
+    exponent=st.integers(-20, 10),
+)
+
+
+@given(quantizers, st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20))
+def test_error_is_at_most_half_a_step_inside_the_range(quantizer, values):
+    array = np.array(values, np.float32)
+    scale = float(quantizer.scale)
+    inside = (array >= quantizer.qmin * scale) & (array <= quantizer.qmax * scale)
+    restored = quantizer.dequantize(quantizer.quantize(array)).astype(np.float64)
+    assert np.all(np.abs(restored - array)[inside] <= scale / 2)
+
+
+@given(quantizers)
+def test_integers_survive_a_round_trip(quantizer):
+    integers = np.unique(np.linspace(quantizer.qmin, quantizer.qmax, 50).astype(np.int32))
+    assert np.array_equal(quantizer.quantize(quantizer.dequantize(integers)), integers)
+
+
+def test_ties_go_to_even_and_the_ends_saturate():
+    quantizer = TensorQuantizer(bits=8, signed=True, exponent=0)
+    values = np.array([0.5, 1.5, 2.5, -0.5, -1.5, 1e9, -1e9], np.float32)
+    assert quantizer.quantize(values).tolist() == [0, 2, 2, 0, -2, 127, -128]
+
+
+def test_scale_is_the_exact_power_of_two():
+    for exponent in range(-126, 100):
+        quantizer = TensorQuantizer(bits=8, signed=True, exponent=exponent)
+        assert float(quantizer.scale) == math.ldexp(1.0, exponent)
+
+
+def test_threshold_is_hptqs():
+    assert TensorQuantizer(bits=8, signed=True, exponent=-7).threshold == 1.0
+    assert TensorQuantizer(bits=8, signed=False, exponent=-8).threshold == 1.0
+
+
+def test_per_channel_scale_broadcasts_along_its_axis():
+    quantizer = TensorQuantizer(bits=8, signed=True, exponent=(0, -1), axis=1)
+    assert quantizer.quantize(np.ones((3, 2, 4), np.float32))[0].tolist() == [[1] * 4, [2] * 4]
+
+
+def test_axis_and_exponents_belong_together():
+    with pytest.raises(ValueError, match="axis"):
+        TensorQuantizer(bits=8, signed=True, exponent=(1, 2))
+
+
+def _plan() -> Plan:
+    return Plan(
+        tensors={"x": TensorQuantizer(bits=8, signed=False, exponent=-8)},
+        constants={
+            "w": QuantizedConstant(
+                integers=np.arange(6, dtype=np.int32).reshape(2, 3),
+                quantizer=TensorQuantizer(bits=8, signed=True, exponent=(-3, -4), axis=0),
+                role="weight",
+                node="conv",
+            )
+        },
+        absorbed={"relu": "x"},
+        shares={"y": "x"},
+        float_nodes=(FloatNode(node="exp", op_type="Exp", reason="decoding"),),
+    )
+
+
+def test_plan_loads_as_it_was_saved(tmp_path: Path):
+    plan = _plan()
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded.tensors == plan.tensors
+    assert loaded.absorbed == plan.absorbed
+    assert loaded.shares == plan.shares
+    assert loaded.float_nodes == plan.float_nodes
+    assert loaded.constants["w"].quantizer == plan.constants["w"].quantizer
+    assert np.array_equal(loaded.constants["w"].integers, plan.constants["w"].integers)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json", "plan.safetensors"]
+
+
+def test_a_plan_that_is_not_one_is_refused(tmp_path: Path):
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(DataError, match="not a readable plan"):
+        Plan.load(tmp_path / "plan.json")
