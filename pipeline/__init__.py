@@ -1,0 +1,1 @@
+"""The product: generate images, quantize, verify, evaluate and report."""

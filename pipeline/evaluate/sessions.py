@@ -1,0 +1,159 @@
+"""ONNX files in onnxruntime, set up so that integer kernels are exact."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from graph_tools.errors import DynamicShapeError, ModelError, SettingsError
+from graph_tools.model import ImageInput, Layout
+
+__all__ = ["Session", "open_session"]
+
+_DTYPES: dict[str, type[np.floating[Any]]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+}
+# Values in one run of a model that takes any batch: 8 MB of float32, at most 64 images.
+_BATCH_VALUES = 2 * 2**20
+_MAX_BATCH = 64
+_MAX_CHANNELS = 4
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Session:
+    """A model ready to run.
+
+    Args:
+        path: its file.
+        input: what it takes; ``input.batch`` is the only batch size, if the file fixes one.
+        batch_size: a good batch size; ``input.batch`` if that is fixed.
+    """
+
+    path: Path
+    input: ImageInput
+    batch_size: int
+    _session: onnxruntime.InferenceSession = field(repr=False)
+    _dtype: type[np.floating[Any]] = field(repr=False)
+
+    def scores(self, images: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+        """Return the first output for each image, flattened: [N, K].
+
+        Args:
+            images: [N, *input.shape] float32; any N, also if the file fixes its batch size.
+
+        Raises:
+            ModelError: the model fails, or its output is not one row per image.
+        """
+        size = self.input.batch or len(images)
+        runs = [
+            self._run(images[start : start + size], size)
+            for start in range(0, len(images), size)
+        ]
+        return np.concatenate(runs)
+
+    def _run(self, images: npt.NDArray[np.float32], size: int) -> npt.NDArray[Any]:
+        count = len(images)
+        if count < size:  # the last images of a file with a fixed batch
+            images = np.concatenate([images, np.repeat(images[-1:], size - count, axis=0)])
+        name = self._session.get_outputs()[0].name
+        feed = {self.input.name: images.astype(self._dtype)}
+        try:
+            output = self._session.run([name], feed)[0]
+        # onnxruntime's exceptions have no common class of their own.
+        except Exception as error:
+            what = f"onnxruntime cannot run it ({_first_line(error)})"
+            raise ModelError(what, where=str(self.path)) from error
+        if not isinstance(output, np.ndarray) or output.shape[:1] != (size,):
+            raise ModelError(
+                f"its first output, {name}, is not one row for each of {size} image(s)",
+                where=str(self.path),
+            )
+        return output.reshape(size, -1)[:count]
+
+
+def open_session(
+    path: str | os.PathLike[str], *, threads: int = 0, model_input: ImageInput | None = None
+) -> Session:
+    """Open an ONNX file in onnxruntime on the CPU, with all optimizations.
+
+    ``session.x64quantprecision`` is on: without it, int8 kernels saturate on processors
+    without VNNI instructions.
+
+    Args:
+        path: float or quantized.
+        threads: threads inside an operator; 0 lets onnxruntime choose.
+        model_input: layout and size, for files that leave them open.
+
+    Raises:
+        ModelError: onnxruntime cannot load the file, or it has not one image input.
+        DynamicShapeError: the file leaves the image size open and ``model_input`` is None.
+        SettingsError: threads is negative.
+    """
+    path = Path(path)
+    if threads < 0:
+        raise SettingsError(f"{threads} is not 0 or more", where="--threads")
+    if not path.is_file():
+        raise ModelError("there is no such file", where=str(path))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:
+        what = f"onnxruntime cannot load it ({_first_line(error)})"
+        raise ModelError(what, where=str(path)) from error
+    inputs = session.get_inputs()
+    if len(inputs) != 1:
+        raise ModelError(f"it has {len(inputs)} inputs, not one", where=str(path))
+    if inputs[0].type not in _DTYPES:
+        raise ModelError(
+            f"its input, {inputs[0].name}, is {inputs[0].type}, not floating point",
+            where=str(path),
+        )
+    if model_input is None:
+        model_input = _image_input(inputs[0].name, inputs[0].shape, str(path))
+    batch = inputs[0].shape[0] if isinstance(inputs[0].shape[0], int) else None
+    model_input = ImageInput(
+        name=inputs[0].name, shape=model_input.shape, layout=model_input.layout, batch=batch
+    )
+    wanted = max(1, min(_MAX_BATCH, _BATCH_VALUES // int(np.prod(model_input.shape))))
+    return Session(
+        path=path,
+        input=model_input,
+        batch_size=batch or wanted,
+        _session=session,
+        _dtype=_DTYPES[inputs[0].type],
+    )
+
+
+def _image_input(name: str, dims: list[int | str | None], where: str) -> ImageInput:
+    """Return the input that a file declares; the layout follows from its shape alone."""
+    if len(dims) != 4:
+        raise ModelError(f"its input, {name}, has {len(dims)} axes, not four", where=where)
+    image = [dim for dim in dims[1:] if isinstance(dim, int) and dim > 0]
+    if len(image) != 3:
+        raise DynamicShapeError(
+            f"its input, {name}, has the shape {dims}",
+            where=where,
+            hint="give --input-shape with all sizes",
+        )
+    layout: Layout = "NHWC" if image[2] <= _MAX_CHANNELS < image[0] else "NCHW"
+    return ImageInput(
+        name=name, shape=(image[0], image[1], image[2]), layout=layout, batch=None
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
