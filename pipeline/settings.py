@@ -1,0 +1,158 @@
+"""Validated settings, one frozen dataclass a stage.
+
+The command line builds its flags and help from these classes and their attribute docstrings.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from graph_tools.errors import SettingsError
+
+__all__ = ["GenerateSettings", "InputSettings", "QuantizeSettings", "VerifySettings"]
+
+
+def _require(condition: bool, field: str, value: object, rule: str) -> None:
+    if not condition:
+        option = "--" + field.replace("_", "-")
+        raise SettingsError(f"{value!r} is not {rule}", where=option)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings:
+    """How images are made (METHODS section 1)."""
+
+    method: Literal["dgh", "noise"] = "dgh"
+    """dgh: match BatchNormalization statistics; noise: Gaussian noise, needs none."""
+    num_images: int = 256
+    """How many images to make."""
+    iterations: int = 0
+    """Optimization steps per batch; 0 chooses by image size."""
+    batch_size: int = 0
+    """Images optimized together; 0 chooses by image size."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "cpu"
+    """torch device, such as cpu or cuda."""
+    learning_rate: float = 16.0
+    """RAdam's learning rate, in standardized pixel units."""
+    loss: Literal["code", "paper"] = "code"
+    """Form of the statistics loss: that of DGH's published code, or the paper's equation 4."""
+    std_weight: float = 10.0
+    """Weight of the standard deviations against the means."""
+    normalize_sites: bool = True
+    """Divide each BatchNormalization node's loss by its mean variance."""
+    pixel_prior: bool = True
+    """Match the statistics of the pixels, too, where they are known."""
+    output_weight: float | None = None
+    """Weight (lambda) of the output loss, 0 for none; by default set from output-ratio."""
+    output_ratio: float = 0.2
+    """Gradient of the output loss as a share of that of the statistics loss."""
+    output_range: Literal["linear", "squared"] = "linear"
+    """Stretch the range of the outputs (published code) or its square (paper)."""
+    output_hinge: float | None = None
+    """Bound each image's statistics at the last BatchNormalization node (paper's delta)."""
+    flip: bool = True
+    """Mirror images at random while they are optimized."""
+    padding: int | None = None
+    """Pixels by which canvases exceed the images; by default by image size."""
+    blur: float | None = None
+    """Sigma of the blur in pixels, 0 for none; by default by image size."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_images > 0, "num_images", self.num_images, "a positive number")
+        _require(self.iterations >= 0, "iterations", self.iterations, "0 or more")
+        _require(self.batch_size >= 0, "batch_size", self.batch_size, "0 or more")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "in 0..2^63-1")
+        for field in ("learning_rate", "std_weight", "output_ratio"):
+            value = getattr(self, field)
+            _require(0 < value < math.inf, field, value, "a positive number")
+        for field in ("output_weight", "output_hinge", "padding", "blur"):
+            value = getattr(self, field)
+            _require(value is None or 0 <= value < math.inf, field, value, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeSettings:
+    """What is quantized, to how many bits, and how thresholds are chosen (METHODS section 2.1)."""
+
+    weights: Literal[8, 4, 3, 2] = 8
+    """Bits of the weights."""
+    activations: Literal[16, 8, 4] = 8
+    """Bits of the activations."""
+    scheme: Literal["full"] = "full"
+    """full: every tensor that crosses an operator, input and outputs included."""
+    threshold: Literal["mse", "mae", "kl", "no-clipping"] = "mse"
+    """Error that the power-of-two threshold search minimizes."""
+    zero_point: Literal["auto", "zero"] = "auto"
+    """auto: signed tensors that several operators read are stored as uint8 around 128, the form
+    for which onnxruntime has integer kernels; zero: int8, zero point 0, everywhere."""
+    bias_correction: bool = True
+    """Correct each layer's bias by its mean error on the quantized prefix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifySettings:
+    """How a quantized file is checked against onnxruntime."""
+
+    max_images: int = 500
+    """Images to compare."""
+    threads: int = 0
+    """onnxruntime threads; 0 lets it choose."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_images > 0, "max_images", self.max_images, "a positive number")
+        _require(self.threads >= 0, "threads", self.threads, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSettings:
+    """What the network's input means."""
+
+    input_shape: str = ""
+    """Shape of the input, such as 1,3,224,224, for files that leave it open."""
+    layout: Literal["auto", "NCHW", "NHWC"] = "auto"
+    """Axes of the input; auto detects them from the graph."""
+    mean: tuple[str, ...] = ()
+    """Mean that the normalization subtracts from pixels in 0..1: one number, or one per channel
+    as in 0.485,0.456,0.406."""
+    std: tuple[str, ...] = ()
+    """Standard deviation that it divides by, likewise."""
+    channels: Literal["rgb", "bgr"] = "rgb"
+    """Channel order that the network expects."""
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.mean) == bool(self.std), "std", self.std, "given together with --mean"
+        )
+        for field in ("mean", "std"):
+            self.numbers(field)
+        self.shape()
+
+    def shape(self) -> tuple[int, ...] | None:
+        """``input_shape`` as integers, None if it was not given."""
+        if not self.input_shape:
+            return None
+        try:
+            shape = tuple(int(size) for size in self.input_shape.replace("x", ",").split(","))
+        except ValueError:
+            shape = ()
+        _require(
+            len(shape) == 4 and min(shape) > 0,
+            "input_shape",
+            self.input_shape,
+            "four positive integers, such as 1,3,224,224",
+        )
+        return shape
+
+    def numbers(self, field: Literal["mean", "std"] | str) -> tuple[float, ...]:
+        """``mean`` or ``std`` as floats; commas and spaces both separate."""
+        words = " ".join(getattr(self, field)).replace(",", " ").split()
+        try:
+            return tuple(float(word) for word in words)
+        except ValueError:
+            raise SettingsError(
+                f"{' '.join(words)!r} is not a list of numbers", where=f"--{field}"
+            ) from None

@@ -1,0 +1,307 @@
+"""Run a quantized file three ways in onnxruntime and compare, integer by integer.
+
+Tensors are compared where integers end: at graph outputs that hold dequantized integers, and,
+where a float tail follows (a Softmax, box decoding), at the last integers in front of it, in a
+copy of the model that is cut there. Making an inner tensor an output of the whole model would
+keep onnxruntime from fusing the kernels around it, and so prove something else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from graph_tools.errors import DataError, VerificationError
+from pipeline.images import ImageSet
+from pipeline.settings import VerifySettings
+from pipeline.verify.accumulators import measure_accumulators
+from pipeline.verify.compilers import onnxruntime as ort
+from pipeline.verify.cut import cut_at
+from pipeline.verify.differences import DifferenceMeter
+from pipeline.verify.findings import (
+    difference_failures,
+    find_warnings,
+    measure_saturation,
+    overflow_failures,
+    refusal_hint,
+    scale_failures,
+)
+from pipeline.verify.kernels import Kernels, name_nodes, read_kernels
+from pipeline.verify.localize import first_difference
+from pipeline.verify.proof import Proof, TensorProof
+from pipeline.verify.quantized_graph import QuantizedGraph
+from pipeline.verify.scales import check_scales
+
+__all__ = ["OnStep", "verify"]
+
+logger = logging.getLogger(__name__)
+
+OnStep = Callable[[int, int, Mapping[str, float]], None]
+
+_MODES: tuple[ort.Mode, ...] = ("unoptimized", "optimized", "default")
+_PAIRS = tuple(itertools.combinations(_MODES, 2))
+_BATCH_VALUES = 2**22  # input values of one batch: 16 MiB
+
+
+def verify(
+    path: Path,
+    images: ImageSet,
+    settings: VerifySettings,
+    *,
+    on_step: OnStep | None = None,
+) -> Proof:
+    """Check a QDQ file: exactness in onnxruntime, kernels, saturation, scales, accumulators.
+
+    Args:
+        path: the quantized model.
+        images: in the model's own layout and normalization.
+        settings: number of images and threads.
+        on_step: called after each batch with images done, images in all, and
+            ``{"differing": share}`` of the integer elements so far.
+
+    Returns:
+        The proof; ``passed`` says whether everything held.
+
+    Raises:
+        VerificationError: the file is no ONNX file or not quantized, or onnxruntime refuses
+            it.
+        DataError: the images do not fit the model's input.
+    """
+    started = time.perf_counter()
+    proto = name_nodes(_read(path))
+    graph = QuantizedGraph(proto)
+    _require_quantized(graph, path)
+    _require_fit(graph, images, path)
+
+    try:
+        parts, kernels = _compile(graph, settings, str(path))
+    except VerificationError as error:
+        error.hint = refusal_hint(graph)
+        raise
+    total = min(settings.max_images, images.count)
+    done = 0
+    for batch in images.batches(_batch_size(graph, images), limit=total):
+        for part in parts:
+            part.compare(batch)
+        done += len(batch)
+        if on_step is not None:
+            on_step(done, total, {"differing": _differing(parts)})
+    tensors = tuple(tensor for part in parts for tensor in part.results())
+
+    scales = check_scales(graph)
+    accumulators = tuple(measure_accumulators(graph))
+    proof = Proof(
+        model=str(path),
+        onnxruntime=ort.available(),
+        images=done,
+        tensors=tensors,
+        kernels=kernels,
+        saturation=measure_saturation(tensors, accumulators),
+        scales=scales,
+        accumulators=accumulators,
+        failures=(
+            *difference_failures(tensors),
+            *_first_difference(graph, tensors, images, settings),
+            *scale_failures(scales),
+            *overflow_failures(accumulators),
+        ),
+        warnings=tuple(find_warnings(graph, scales, accumulators)),
+        seconds=time.perf_counter() - started,
+    )
+    logger.info(
+        "verified %s in %.1f s: %s", path.name, proof.seconds, proof.summary_lines()[-1]
+    )
+    return proof
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Target:
+    """A tensor to compare: its name in the run, and what it stands for."""
+
+    output: str
+    name: str
+    scale: float | None
+    feeds: tuple[str, ...] = ()
+
+
+class _Part:
+    """One model, compiled for every mode, and the meters of its outputs."""
+
+    def __init__(self, runs: Sequence[ort.Compiled], targets: Sequence[_Target]) -> None:
+        self._runs = runs
+        self._targets = targets
+        self.meters = {
+            (target.output, pair): DifferenceMeter(*pair, target.scale)
+            for target in targets
+            for pair in _PAIRS
+        }
+
+    def compare(self, batch: npt.NDArray[np.float32]) -> None:
+        """Run a batch in every mode and compare."""
+        values = {run.mode: ort.run(run, batch) for run in self._runs}
+        for (output, (first, second)), meter in self.meters.items():
+            meter.update(values[first][output], values[second][output])
+
+    def results(self) -> Iterator[TensorProof]:
+        """Return what was measured, a tensor at a time."""
+        for target in self._targets:
+            yield TensorProof(
+                name=target.name,
+                kind=(
+                    "last integers"
+                    if target.feeds
+                    else "float output"
+                    if target.scale is None
+                    else "integer output"
+                ),
+                scale=target.scale,
+                feeds=target.feeds,
+                differences=tuple(
+                    self.meters[target.output, pair].result() for pair in _PAIRS
+                ),
+            )
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    try:
+        proto = onnx.load(path)
+    except FileNotFoundError as error:
+        raise VerificationError("no such file", where=str(path)) from error
+    except (
+        Exception
+    ) as error:  # protobuf, external data and the file system each raise their own
+        reason = " ".join(str(error).split())[:200]
+        raise VerificationError(
+            f"not a readable ONNX file: {reason}", where=str(path)
+        ) from error
+    if not proto.graph.node:
+        raise VerificationError("not an ONNX model, or an empty one", where=str(path))
+    return proto
+
+
+def _require_quantized(graph: QuantizedGraph, path: Path) -> None:
+    if not graph.quantizers or not graph.dequantizers:
+        raise VerificationError(
+            "is not quantized: it has no QuantizeLinear/DequantizeLinear pairs",
+            where=str(path),
+            hint="run `zsq quantize` on it first",
+        )
+    if len(graph.inputs) != 1:
+        raise VerificationError(
+            f"has {len(graph.inputs)} inputs, only one can be an image", where=str(path)
+        )
+
+
+def _require_fit(graph: QuantizedGraph, images: ImageSet, path: Path) -> None:
+    entry = graph.inputs[0]
+    dims = [dim.dim_value or None for dim in entry.type.tensor_type.shape.dim]
+    fits = len(dims) == 4 and all(
+        want is None or want == got for want, got in zip(dims[1:], images.shape, strict=True)
+    )
+    if not fits:
+        wanted = "x".join("?" if dim is None else str(dim) for dim in dims[1:])
+        raise DataError(
+            f"images of {'x'.join(map(str, images.shape))} do not fit the input "
+            f"'{entry.name}' of {path.name}, which takes {wanted}",
+            where=str(images.path),
+        )
+
+
+def _batch_size(graph: QuantizedGraph, images: ImageSet) -> int:
+    return graph.batch or max(1, min(64, _BATCH_VALUES // math.prod(images.shape)))
+
+
+def _compile(
+    graph: QuantizedGraph, settings: VerifySettings, where: str
+) -> tuple[list[_Part], Kernels]:
+    """Compile the file, and the copy that ends where integers end if there are float tails."""
+    model = _serialize(graph.proto, where)
+    with tempfile.TemporaryDirectory(prefix="zsq-") as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        runs = [
+            ort.compile(
+                model,
+                mode,
+                threads=settings.threads,
+                optimized_path=optimized if mode == "optimized" else None,
+                where=where,
+            )
+            for mode in _MODES
+        ]
+        kernels = read_kernels(graph, onnx.load(optimized))
+
+    scales = {name: graph.output_scale(name) for name in graph.outputs}
+    targets = [
+        _Target(output=name, name=name, scale=None if scale is None else float(scale))
+        for name, scale in scales.items()
+    ]
+    parts = [_Part(runs, targets)]
+    feeds: dict[str, list[str]] = {}
+    for name, scale in scales.items():
+        if scale is None:
+            for node in graph.origin(name).dequantizers:
+                feeds.setdefault(node.input[0], []).append(name)
+    if feeds:
+        cut, ends = cut_at(graph, tuple(feeds))
+        model = _serialize(cut, where)
+        parts.append(
+            _Part(
+                [ort.compile(model, m, threads=settings.threads, where=where) for m in _MODES],
+                [
+                    _Target(
+                        output=end.output,
+                        name=end.tensor,
+                        scale=end.scale,
+                        feeds=tuple(feeds[end.integers]),
+                    )
+                    for end in ends
+                ],
+            )
+        )
+    return parts, kernels
+
+
+def _serialize(proto: onnx.ModelProto, where: str) -> bytes:
+    try:
+        return bytes(proto.SerializeToString())
+    except Exception as error:  # protobuf's EncodeError, or ValueError in other versions
+        raise VerificationError("is larger than protobuf's 2 GB", where=where) from error
+
+
+def _differing(parts: Sequence[_Part]) -> float:
+    results = [
+        tensor.between("unoptimized", "optimized")
+        for part in parts
+        for tensor in part.results()
+        if tensor.scale is not None
+    ]
+    elements = sum(entry.elements for entry in results)
+    return sum(entry.differing for entry in results) / elements if elements else 0.0
+
+
+def _first_difference(
+    graph: QuantizedGraph,
+    tensors: Sequence[TensorProof],
+    images: ImageSet,
+    settings: VerifySettings,
+) -> Iterator[str]:
+    if not any(
+        tensor.between("unoptimized", "optimized").differing
+        for tensor in tensors
+        if tensor.scale is not None
+    ):
+        return
+    batch = next(images.batches(_batch_size(graph, images), limit=settings.max_images))
+    found = first_difference(graph, batch, threads=settings.threads)
+    if found is not None:
+        yield f"the two runs part at {found}"

@@ -1,0 +1,62 @@
+"""Find the first tensor at which two runs part."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from onnx import NodeProto
+
+from pipeline.verify.compilers import onnxruntime as ort
+from pipeline.verify.cut import cut_at
+from pipeline.verify.quantized_graph import QuantizedGraph
+
+__all__ = ["first_difference"]
+
+
+def first_difference(
+    graph: QuantizedGraph, batch: npt.NDArray[np.float32], *, threads: int = 0
+) -> str | None:
+    """Name a tensor that differs between unoptimized and optimized run while its inputs agree.
+
+    The model is cut at quantized tensors, from the outputs back, as long as something in front
+    still differs.
+
+    Args:
+        graph: the whole model.
+        batch: [N, ...] float32 images.
+        threads: as in `ort.compile`.
+
+    Returns:
+        ``"tensor 'x' (made by Conv conv_1)"``; None when this batch shows no difference.
+    """
+    known: dict[str, bool] = {}
+
+    def differs(integers: str) -> bool:
+        if integers not in known:
+            cut, ends = cut_at(graph, (integers,))
+            model = cut.SerializeToString()
+            first, second = (
+                ort.run(ort.compile(model, mode, threads=threads), batch)[ends[0].output]
+                for mode in ("unoptimized", "optimized")
+            )
+            known[integers] = not np.array_equal(first, second, equal_nan=True)
+        return known[integers]
+
+    worst: NodeProto | None = None
+    candidates = [
+        node for output in graph.outputs for node in graph.origin(output).dequantizers
+    ]
+    while (found := next((n for n in candidates if differs(n.input[0])), None)) is not None:
+        worst = found
+        quantizer = graph.quantizer_of(found)
+        candidates = (
+            [] if quantizer is None else [*graph.origin(quantizer.input[0]).dequantizers]
+        )
+    if worst is None:
+        return None
+    quantizer = graph.quantizer_of(worst)
+    tensor = worst.input[0] if quantizer is None else quantizer.input[0]
+    maker = graph.producers.get(tensor)
+    return f"tensor '{tensor}'" + (
+        f" (made by {maker.op_type} {maker.name})" if maker is not None else ""
+    )
