@@ -27,15 +27,15 @@ from graph_tools.rewrites import (
 
 __all__ = ["prepare_for_quantization"]
 
-_REWRITES = (
-    matmul_to_gemm,
-    own_weight_and_bias,
-    fold_affine_into_weights,
-    batch_norm_to_convolution,
-    constant_affine_to_convolution,
-    average_to_global_pool,
-    write_attributes_out,
-    rescale_bounds,
+_REWRITES = (  # and how the notes put it; empty: nothing a user needs to know
+    (matmul_to_gemm, "MatMul written as Gemm"),
+    (own_weight_and_bias, ""),
+    (fold_affine_into_weights, "Add/Sub/Mul/Div folded into the weights before them"),
+    (batch_norm_to_convolution, "BatchNormalization written as depthwise convolutions"),
+    (constant_affine_to_convolution, "per-channel arithmetic written as depthwise convolutions"),
+    (average_to_global_pool, "means over the whole image written as GlobalAveragePool"),
+    (write_attributes_out, ""),
+    (rescale_bounds, "ReLU6-like bounds rescaled to powers of two"),
 )
 
 
@@ -51,10 +51,10 @@ def prepare_for_quantization(model: Model) -> Model:
     folded = fold_batch_norms(model)
     graph = gs.import_onnx(folded.proto)
     notes: list[str] = []
-    for rewrite in _REWRITES:
+    for rewrite, effect in _REWRITES:
         count = rewrite(graph)
-        if count:
-            notes.append(f"{rewrite.__name__.replace('_', ' ')}: {count}")
+        if count and effect:
+            notes.append(f"{effect}: {count}")
         graph.cleanup().toposort()
     proto: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     proto.ir_version = folded.proto.ir_version

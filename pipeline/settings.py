@@ -29,21 +29,22 @@ class GenerateSettings:
     num_images: int = 256
     """How many images to make."""
     iterations: int = 0
-    """Optimization steps per batch; 0 chooses by image size."""
+    """Optimization steps per batch; 0 chooses by image size (published: 1000)."""
     batch_size: int = 0
     """Images optimized together; 0 chooses by image size."""
     seed: int = 0
     """Seed of everything random."""
     device: str = "cpu"
     """torch device, such as cpu or cuda."""
-    learning_rate: float = 16.0
-    """RAdam's learning rate, in standardized pixel units."""
+    learning_rate: float = 0.0
+    """RAdam's learning rate, in standardized pixel units; 0 chooses by iterations."""
     loss: Literal["code", "paper"] = "code"
     """Form of the statistics loss: that of DGH's published code, or the paper's equation 4."""
     std_weight: float = 10.0
     """Weight of the standard deviations against the means."""
-    normalize_sites: bool = True
-    """Divide each BatchNormalization node's loss by its mean variance."""
+    site_balance: float = 0.5
+    """How far BatchNormalization nodes with small values count like those with large ones: 0 as
+    published, 1 fully."""
     pixel_prior: bool = True
     """Match the statistics of the pixels, too, where they are known."""
     output_weight: float | None = None
@@ -66,9 +67,12 @@ class GenerateSettings:
         _require(self.iterations >= 0, "iterations", self.iterations, "0 or more")
         _require(self.batch_size >= 0, "batch_size", self.batch_size, "0 or more")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "in 0..2^63-1")
-        for field in ("learning_rate", "std_weight", "output_ratio"):
+        for field in ("std_weight", "output_ratio"):
             value = getattr(self, field)
             _require(0 < value < math.inf, field, value, "a positive number")
+        rate = self.learning_rate
+        _require(0 <= rate < math.inf, "learning_rate", rate, "0 or more")
+        _require(0 <= self.site_balance <= 1, "site_balance", self.site_balance, "in 0..1")
         for field in ("output_weight", "output_hinge", "padding", "blur"):
             value = getattr(self, field)
             _require(value is None or 0 <= value < math.inf, field, value, "0 or more")

@@ -7,8 +7,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 
 from graph_tools.model import Model, load
+
+torch.set_num_threads(1)  # test processes run side by side
 
 ROOT = Path(__file__).resolve().parent.parent
 

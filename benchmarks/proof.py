@@ -1,0 +1,113 @@
+"""Bit-exactness of W8A8 files on 500 images: onnxruntime unoptimized against optimized.
+
+Run from the repository root; the real networks and images are expected in ../shared:
+
+    python benchmarks/proof.py
+
+The networks are calibrated with Gaussian noise (what calibrates them does not matter for
+exactness) and verified on real images. Prints a markdown table and writes
+benchmarks/results/proof.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graph_tools.model import load
+from pipeline.images import ImageWriter, open_images
+from pipeline.preprocessing import Preprocessing
+from pipeline.run import QuantizeJob, copy_dataset, quantize_file
+from pipeline.settings import (
+    GenerateSettings,
+    InputSettings,
+    QuantizeSettings,
+    VerifySettings,
+)
+from pipeline.verify import verify
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+CIFAR, IMAGENET, COCO = "cifar10_test_dev.zip", "imagenet_dev.zip", "coco_dev.zip"
+HALF = ("0.5",), ("0.5",)
+STANDARD = ("0.485", "0.456", "0.406"), ("0.229", "0.224", "0.225")
+RAW = ("0",), ("0.00392156862745098",)
+CASES: dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], str, str]] = {
+    "cifar10_resnet20": (STANDARD, CIFAR, ""),
+    "cifar10_resnet20_folded": (STANDARD, CIFAR, ""),
+    "cifar10_resnet56": (STANDARD, CIFAR, ""),
+    "mcunet_cifar10_32": (STANDARD, CIFAR, ""),
+    "mlperftiny_resnet8_cifar10_tf2onnx_bn": (RAW, CIFAR, ""),
+    "mobilenet_v1_025_224_imagenet": (HALF, IMAGENET, ""),
+    "yolo_fastestv2_coco": ((("0",), ("1",)), COCO, ""),
+    "ultraface_rfb320": ((("0.498",), ("0.502",)), COCO, ""),
+    "yunet_n_dynamic": (RAW, COCO, "1,3,320,320"),
+    "digits_resnet": (HALF, "", ""),
+    "digits_mobilenet": (HALF, "", ""),
+}
+
+
+def prove(name: str, count: int, zero_point: str) -> dict[str, Any]:
+    (mean, std), data, shape = CASES[name]
+    path = (SHARED / "models" if data else ROOT / "models") / f"{name}.onnx"
+    settings = InputSettings(mean=mean, std=std, input_shape=shape)
+    preprocessing = Preprocessing(mean=tuple(map(float, mean)), std=tuple(map(float, std)))
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "q.onnx"
+        quantize_file(
+            QuantizeJob(
+                model=path,
+                output=output,
+                input=settings,
+                generation=GenerateSettings(method="noise", num_images=64),
+                quantization=QuantizeSettings(zero_point=zero_point),  # type: ignore[arg-type]
+                verification=VerifySettings(max_images=1),
+            )
+        )
+        model = load(path, input_shape=settings.shape())
+        images = Path(folder) / "verify.npz"
+        if data:
+            chosen = copy_dataset(
+                SHARED / "data" / data, model, preprocessing, images, count=count, seed=0
+            )
+        else:
+            rng = np.random.default_rng(0)
+            with ImageWriter(images, count=count, shape=model.input.shape) as writer:
+                writer.append(
+                    rng.uniform(-1, 1, (count, *model.input.shape)).astype(np.float32)
+                )
+            chosen = open_images(images)
+        proof = verify(output, chosen, VerifySettings(max_images=count))
+    return proof.to_dict()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--zero-point", default="auto", choices=["auto", "zero"])
+    args = parser.parse_args()
+    results = {}
+    print("| network | images | integers compared | differing | integer kernels | in float |")
+    print("|---|---|---|---|---|---|")
+    for name in args.networks:
+        found = results[name] = prove(name, args.images, args.zero_point)
+        kernels = found["kernels"]
+        floats = sorted({node["op_type"] for node in kernels["float"]})
+        print(
+            f"| {name} | {found['images']} | {found['elements']} | {found['differing']} | "
+            f"{kernels['num_integer']} of {kernels['num_nodes']} | {' '.join(floats) or '-'} |",
+            flush=True,
+        )
+    target = ROOT / "benchmarks" / "results" / "proof.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

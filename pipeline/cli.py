@@ -1,0 +1,460 @@
+"""The ``zsq`` command: the only module that prints.
+
+Exit codes: 0 done; 1 a proof failed; 2 bad usage or bad input, one line on stderr; 3 internal
+error; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from graph_tools.errors import SettingsError, ZsqError
+from pipeline.settings import (
+    GenerateSettings,
+    InputSettings,
+    QuantizeSettings,
+    VerifySettings,
+)
+
+if TYPE_CHECKING:
+    from graph_tools.model import Model
+
+__all__ = ["main"]
+
+_OUTPUT = tyro.conf.arg(aliases=["-o"], metavar="PATH")
+_stderr = Console(stderr=True, highlight=False)
+_stdout = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonSettings:
+    """How the command talks."""
+
+    json: bool = False
+    """Print the result as JSON on stdout; everything else goes to stderr."""
+    quiet: bool = False
+    """No progress and no tables."""
+    threads: int = 0
+    """Threads of torch and onnxruntime; 0 lets them choose."""
+    debug: bool = False
+    """Show a traceback with errors, and the log."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Show what a model holds: input, operators, BatchNormalization, what is in the way."""
+
+    model: tyro.conf.Positional[Path]
+    """Exported ONNX file."""
+    input: InputSettings = field(default_factory=InputSettings)
+    common: CommonSettings = field(default_factory=CommonSettings)
+
+    def run(self) -> tuple[int, dict[str, Any]]:
+        """Load, find, report."""
+        from graph_tools.prepare import prepare_for_quantization
+        from graph_tools.torch_graph import TorchGraph
+        from pipeline.record import describe_model
+
+        model = _load(self.model, self.input)
+        TorchGraph(model.proto)
+        facts = describe_model(model)
+        facts["prepared"] = list(prepare_for_quantization(model).notes)
+        if not _silent(self.common):
+            _print_model(facts)
+        return 0, facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expose:
+    """Write a model whose BatchNormalization inputs are outputs, too."""
+
+    model: tyro.conf.Positional[Path]
+    """Exported ONNX file."""
+    output: Annotated[Path, _OUTPUT]
+    """File to write."""
+    input: InputSettings = field(default_factory=InputSettings)
+    common: CommonSettings = field(default_factory=CommonSettings)
+
+    def run(self) -> tuple[int, dict[str, Any]]:
+        """Find the sites and write."""
+        from graph_tools.batchnorm import expose_inputs, find_batch_norms
+        from graph_tools.errors import NoBatchNormError
+        from graph_tools.model import save
+
+        model = _load(self.model, self.input)
+        sites = find_batch_norms(model)
+        if not sites:
+            raise NoBatchNormError("no BatchNormalization to expose", where=str(self.model))
+        save(expose_inputs(model, sites).proto, self.output)
+        if not _silent(self.common):
+            _stdout.print(f"{len(sites)} BatchNormalization inputs exposed in {self.output}")
+        return 0, {"output": str(self.output), "tensors": [site.tensor for site in sites]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Make calibration images from the model alone."""
+
+    model: tyro.conf.Positional[Path]
+    """Exported ONNX file."""
+    output: Annotated[Path, _OUTPUT]
+    """Images to write (.npz, array "images", float32 in the model's own layout)."""
+    generation: GenerateSettings = field(default_factory=GenerateSettings)
+    input: InputSettings = field(default_factory=InputSettings)
+    common: CommonSettings = field(default_factory=CommonSettings)
+
+    def run(self) -> tuple[int, dict[str, Any]]:
+        """Generate into the file."""
+        from pipeline.generate import generate
+        from pipeline.record import describe_generation
+        from pipeline.run import given_preprocessing
+
+        _check_output(self.output, ".npz")
+        model = _load(self.model, self.input)
+        with _progress(self.common) as progress:
+            generated = generate(
+                model,
+                self.generation,
+                self.output,
+                preprocessing=given_preprocessing(self.input),
+                on_step=lambda done, total, terms: progress("generate", done, total, terms),
+            )
+        facts = describe_generation(generated, self.generation, model)
+        facts["output"] = str(self.output)
+        facts["preprocessing"] = generated.preprocessing.to_dict()
+        if not _silent(self.common):
+            _print_generation(facts)
+        return 0, facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """Quantize a model to power-of-two integers, without data, and prove the result."""
+
+    model: tyro.conf.Positional[Path]
+    """Exported ONNX file."""
+    output: Annotated[Path | None, _OUTPUT] = None
+    """File to write; by default MODEL.w8a8.onnx beside the model. Images, plan and report go to
+    a folder of that name."""
+    images: Path | None = None
+    """Calibrate with these images (.npz or .npy, as zsq generate writes them)."""
+    data: Path | None = None
+    """Calibrate with real images: a folder or archive."""
+    evaluate: Path | None = None
+    """Labelled images: the report then has the accuracy before and after."""
+    verify_images: int = 500
+    """Most images that the proof runs on."""
+    quantization: QuantizeSettings = field(default_factory=QuantizeSettings)
+    generation: GenerateSettings = field(default_factory=GenerateSettings)
+    input: InputSettings = field(default_factory=InputSettings)
+    common: CommonSettings = field(default_factory=CommonSettings)
+
+    def run(self) -> tuple[int, dict[str, Any]]:
+        """The whole way."""
+        from pipeline.run import QuantizeJob, default_output, quantize_file
+
+        job = QuantizeJob(
+            model=self.model,
+            output=self.output or default_output(self.model, self.quantization),
+            images=self.images,
+            data=self.data,
+            evaluate_data=self.evaluate,
+            input=self.input,
+            generation=self.generation,
+            quantization=self.quantization,
+            verification=VerifySettings(
+                max_images=self.verify_images, threads=self.common.threads
+            ),
+            threads=self.common.threads,
+        )
+        with _progress(self.common) as progress:
+            result = quantize_file(job, on_progress=progress)
+        if not _silent(self.common):
+            _print_result(result.report)
+            _stdout.print(
+                f"\nmodel   {result.output}\nreport  {result.folder / 'report.html'}"
+            )
+        return 0 if result.proof.passed else 1, result.report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Prove a quantized file: optimized and unoptimized onnxruntime must agree bit by bit."""
+
+    model: tyro.conf.Positional[Path]
+    """Quantized ONNX file."""
+    images: Path | None = None
+    """Images to run; by default those beside the model, else Gaussian noise."""
+    max_images: int = 500
+    """Most images to run."""
+    seed: int = 0
+    """Seed of the noise."""
+    common: CommonSettings = field(default_factory=CommonSettings)
+
+    def run(self) -> tuple[int, dict[str, Any]]:
+        """Run and compare."""
+        from pipeline.run import verify_file
+
+        settings = VerifySettings(max_images=self.max_images, threads=self.common.threads)
+        with _progress(self.common) as progress:
+            proof = verify_file(
+                self.model, self.images, settings, seed=self.seed, on_progress=progress
+            )
+        if not _silent(self.common):
+            for line in proof.summary_lines():
+                _stdout.print(line)
+        return 0 if proof.passed else 1, proof.to_dict()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure the accuracy of models on labelled images, in onnxruntime."""
+
+    models: tyro.conf.Positional[tuple[Path, ...]]
+    """ONNX files, float or quantized."""
+    data: Path
+    """Folder, zip or npz; classes by folder name or by labels.csv (file,label)."""
+    task: Literal["classification"] = "classification"
+    """What the models do."""
+    limit: int = 0
+    """Use only this many images, drawn at random; 0 uses all."""
+    input: InputSettings = field(default_factory=InputSettings)
+    common: CommonSettings = field(default_factory=CommonSettings)
+
+    def run(self) -> tuple[int, dict[str, Any]]:
+        """Evaluate in the order given."""
+        from pipeline.run import evaluate_files
+
+        if not self.models:
+            raise SettingsError("no model given", where="evaluate")
+        with _progress(self.common) as progress:
+            accuracies, preprocessing = evaluate_files(
+                self.models,
+                self.data,
+                self.input,
+                threads=self.common.threads,
+                limit=self.limit or None,
+                on_progress=progress,
+            )
+        facts = {
+            "task": self.task,
+            "data": str(self.data),
+            "preprocessing": preprocessing.to_dict(),
+            "models": [
+                {
+                    "model": a.model,
+                    "top1": a.top1,
+                    "top5": a.top5,
+                    "count": a.count,
+                    "seconds": a.seconds,
+                }
+                for a in accuracies
+            ],
+        }
+        if not _silent(self.common):
+            _stdout.print(f"normalization: {_words(preprocessing.to_dict())}")
+            table = Table("model", "top-1 %", "top-5 %", "images", "s")
+            for a in accuracies:
+                table.add_row(
+                    a.model, f"{a.top1:.2f}", f"{a.top5:.2f}", str(a.count), f"{a.seconds:.1f}"
+                )
+            _stdout.print(table)
+        return 0, facts
+
+
+Command = Inspect | Expose | Generate | Quantize | Verify | Evaluate
+_COMMANDS: dict[str, Callable[..., object]] = {
+    "inspect": Inspect,
+    "expose": Expose,
+    "generate": Generate,
+    "quantize": Quantize,
+    "verify": Verify,
+    "evaluate": Evaluate,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the words after ``zsq``; the process's own by default.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        command = _parse(arguments)
+        if command is None:
+            return 0
+        logging.basicConfig(
+            level=logging.INFO if command.common.debug else logging.ERROR,
+            stream=sys.stderr,
+            format="%(name)s: %(message)s",
+        )
+        code, facts = command.run()
+        if command.common.json:
+            sys.stdout.write(json.dumps(_finite(facts), indent=1) + "\n")
+        return code
+    except ZsqError as error:
+        if debug:
+            traceback.print_exc()
+        _stderr.print(f"zsq: {error}", markup=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        _stderr.print("zsq: interrupted", markup=False)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        _stderr.print(
+            f"zsq: internal error: {type(error).__name__}: {' '.join(str(error).split())}; "
+            "run again with --debug and report it",
+            markup=False,
+            soft_wrap=True,
+        )
+        return 3
+
+
+def _parse(arguments: Sequence[str]) -> Command | None:
+    """The command, or None after help was shown; usage errors become one line."""
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            command = tyro.extras.subcommand_cli_from_dict(
+                _COMMANDS,
+                args=list(arguments),
+                prog="zsq",
+                description="Zero-shot power-of-two quantization of exported ONNX networks.",
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+            )
+            return cast(Command, command)
+    except SystemExit as stop:
+        if not stop.code:
+            return None
+        text = "".join(c if c not in "╭╮╰╯│─" else " " for c in messages.getvalue())
+        text = " ".join(text.split()).split(" For full helptext")[0]
+        raise SettingsError(text, hint="see zsq --help") from None
+
+
+def _load(path: Path, settings: InputSettings) -> Model:
+    from graph_tools.model import load
+
+    layout = None if settings.layout == "auto" else settings.layout
+    return load(path, input_shape=settings.shape(), layout=layout)
+
+
+def _check_output(path: Path, suffix: str) -> None:
+    if path.suffix != suffix:
+        raise SettingsError(f"the output is not named *{suffix}", where=str(path))
+    if not os.access(path.parent, os.W_OK):
+        raise ZsqError("cannot write there", where=str(path), hint="choose another place")
+
+
+def _silent(common: CommonSettings) -> bool:
+    return common.json or common.quiet
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: such numbers become null."""
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+@contextlib.contextmanager
+def _progress(
+    common: CommonSettings,
+) -> Iterator[Callable[[str, int, int, Mapping[str, float]], None]]:
+    """Progress bars on stderr, one a stage; silent when quiet or not on a terminal."""
+    if common.quiet or not _stderr.is_terminal:
+        yield lambda stage, done, total, terms: None
+        return
+    tasks: dict[str, TaskID] = {}
+    with Progress(
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[terms]}"),
+        console=_stderr,
+    ) as bars:
+
+        def update(stage: str, done: int, total: int, terms: Mapping[str, float]) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, terms="")
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in terms.items())
+            bars.update(tasks[stage], completed=done, total=total, terms=shown)
+
+        yield update
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_words(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return " ".join(_words(item) for item in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _print_model(facts: Mapping[str, Any]) -> None:
+    table = Table(show_header=False)
+    for name in ("path", "input", "outputs", "num_nodes", "num_batch_norms", "operators"):
+        table.add_row(name.replace("_", " "), _words(facts[name]))
+    table.add_row("Mul+Add left of BN", str(len(facts["affine_leftovers"])))
+    table.add_row("for quantization", "\n".join(facts["prepared"]))
+    _stdout.print(table)
+    for note in facts["notes"]:
+        _stdout.print(f"note: {note}", markup=False)
+
+
+def _print_generation(facts: Mapping[str, Any]) -> None:
+    _stdout.print(
+        f"{facts['num_images']} images ({facts['method']}) in {facts['seconds']:.1f} s: "
+        f"{facts['output']}",
+        markup=False,
+    )
+    _stdout.print(f"normalization: {_words(facts['preprocessing'])}", markup=False)
+    for note in facts["notes"]:
+        _stdout.print(f"note: {note}", markup=False)
+
+
+def _print_result(report: Mapping[str, Any]) -> None:
+    from pipeline.report.verdict import judge
+
+    verdict = judge(report)
+    _stdout.print(verdict.lead, markup=False)
+    for clause in verdict.clauses:
+        _stdout.print(f"  {clause}", markup=False)
+    for entry in report["quantization"]["float"]:
+        _stdout.print(
+            f"  stays in float: {entry['op_type']} {entry['node']} ({entry['reason']})",
+            markup=False,
+        )
+    for warning in report["warnings"]:
+        _stdout.print(f"warning: {warning}", markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

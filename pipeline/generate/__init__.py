@@ -1,0 +1,300 @@
+"""Make calibration images from a network alone.
+
+`generate` is the way in. A method says what images should fulfil (`dgh`) or makes them outright
+(`noise`); statistics, prior, store and loop are shared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from graph_tools.batchnorm import BatchNormSite, find_affine_leftovers, find_batch_norms
+from graph_tools.errors import NoBatchNormError
+from graph_tools.model import Model
+from pipeline.generate.allocator import reused_memory
+from pipeline.generate.dgh import DghObjective
+from pipeline.generate.heads import find_heads
+from pipeline.generate.input_range import guess_preprocessing
+from pipeline.generate.loop import (
+    LossRecord,
+    OnStep,
+    OptimizeSettings,
+    measure_batch,
+    optimize,
+)
+from pipeline.generate.network import PIXELS, Network, pixel_site, standard_range, torch_device
+from pipeline.generate.noise import noise_images
+from pipeline.generate.prior import ImagePrior, blur_kernel, default_blur, default_padding
+from pipeline.generate.statistics import SiteTargets, StatisticsMatch
+from pipeline.generate.store import batch_sizes, open_store
+from pipeline.images import ImageSet, ImageWriter, open_images
+from pipeline.preprocessing import Preprocessing
+from pipeline.settings import GenerateSettings
+
+__all__ = [
+    "Generated",
+    "LossRecord",
+    "OnStep",
+    "StatisticsMatch",
+    "default_batch_size",
+    "default_iterations",
+    "default_learning_rate",
+    "generate",
+]
+
+logger = logging.getLogger(__name__)
+
+_RE_EXPORT = (
+    "export again with BatchNormalization kept: torch.onnx.export(..., dynamo=False, "
+    "training=torch.onnx.TrainingMode.PRESERVE, do_constant_folding=False) on a model in "
+    "eval mode, or torch.onnx.export(..., dynamo=True, optimize=False)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """Images and how they came about.
+
+    Args:
+        images: the images, on disk.
+        preprocessing: the one given, or what was guessed.
+        history: loss of every iteration, averaged over the batches; empty for noise.
+        statistics: how well each BatchNormalization node's statistics are met.
+        seconds: time taken.
+        notes: what the user should know.
+    """
+
+    images: ImageSet
+    preprocessing: Preprocessing
+    history: tuple[LossRecord, ...]
+    statistics: tuple[StatisticsMatch, ...]
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def generate(
+    model: Model,
+    settings: GenerateSettings,
+    path: Path,
+    *,
+    preprocessing: Preprocessing | None = None,
+    on_step: OnStep | None = None,
+) -> Generated:
+    """Make images for a network and write them to ``path``.
+
+    The memory needed does not depend on their number; canvases and optimizer state are kept in
+    a temporary folder beside ``path``.
+
+    Args:
+        model: the network.
+        settings: method, number of images, seed and so on.
+        path: the .npz file to write; whole or absent.
+        preprocessing: how pixels become the model's input; guessed if None.
+        on_step: called as (done, total, loss terms).
+
+    Returns:
+        The images, in the model's own layout and normalization, and the record of the run.
+
+    Raises:
+        NoBatchNormError: method dgh, and the network has no BatchNormalization.
+        GenerationError: the loss or an observed tensor is not finite.
+        DataError: ``path`` cannot be written.
+        SettingsError: the device does not exist, or ``preprocessing`` is for other channels.
+    """
+    start = time.perf_counter()
+    sites = find_batch_norms(model)
+    if settings.method == "dgh" and not sites:
+        raise _no_batch_norm(model)
+    device = torch_device(settings.device)
+    notes = []
+    if preprocessing is None:
+        preprocessing = guess_preprocessing(model, seed=settings.seed)
+        notes.append(f"input normalization {preprocessing.source}")
+    if sites:
+        notes.append(f"{len(sites)} BatchNormalization node(s) found and observed")
+    if model.fixed_batch is not None and sites:
+        notes.append(f"the model takes only {model.fixed_batch} image(s) at a time: slow")
+    job = _Job(model, settings, sites, preprocessing, device)
+    with (
+        _reproducible(device),
+        reused_memory(),
+        ImageWriter(path, count=settings.num_images, shape=model.input.shape) as writer,
+    ):
+        statistics, history = (
+            job.dgh(writer, on_step) if settings.method == "dgh" else job.noise(writer)
+        )
+    seconds = time.perf_counter() - start
+    logger.info("%d images by %s in %.1f s", settings.num_images, settings.method, seconds)
+    return Generated(
+        images=open_images(path, shape=model.input.shape),
+        preprocessing=preprocessing,
+        history=history,
+        statistics=statistics,
+        seconds=seconds,
+        notes=tuple(notes),
+    )
+
+
+def default_batch_size(height: int, width: int, device: str = "cpu") -> int:
+    """Return how many images are optimized together: 64 up to 128 x 128, 16 at 224 x 224.
+
+    On a CPU larger batches leave the caches; a GPU takes eight times as many.
+    """
+    pixels = 2**20 if torch.device(device).type == "cpu" else 2**23
+    most = 64 if torch.device(device).type == "cpu" else 256
+    fitting = max(1, pixels // (height * width))
+    return min(most, 1 << (fitting.bit_length() - 1))
+
+
+def default_iterations(height: int, width: int) -> int:
+    """Return the steps after which more images help more than more steps.
+
+    300 up to 256 x 256, 200 beyond; the loss falls by another fifth in the next 300.
+    """
+    return 300 if height * width <= 256 * 256 else 200
+
+
+def default_learning_rate(iterations: int) -> float:
+    """Return RAdam's learning rate: the published 16 for the published 1000 steps, else 4.
+
+    With fewer steps there is no time to come down from 16, in large images or small ones.
+    """
+    return 16.0 if iterations >= 1000 else 4.0
+
+
+class _Job:
+    """What the methods share: one network, one set of images to make."""
+
+    def __init__(
+        self,
+        model: Model,
+        settings: GenerateSettings,
+        sites: tuple[BatchNormSite, ...],
+        preprocessing: Preprocessing,
+        device: torch.device,
+    ) -> None:
+        entry = model.input
+        self.model, self.settings, self.sites = model, settings, sites
+        self.preprocessing, self.device = preprocessing, device
+        self.shape = (entry.channels, entry.height, entry.width)
+        batch_size = settings.batch_size or default_batch_size(
+            entry.height, entry.width, settings.device
+        )
+        self.sizes = batch_sizes(settings.num_images, batch_size)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+
+    def noise(
+        self, writer: ImageWriter
+    ) -> tuple[tuple[StatisticsMatch, ...], tuple[LossRecord, ...]]:
+        """Write Gaussian noise."""
+        network = self._network(())
+        targets = SiteTargets(self.sites, self.device) if self.sites else None
+        total = targets.zero() if targets is not None else None
+        for noise in noise_images(self.sizes, self.shape, self.generator):
+            images = noise.to(self.device)
+            if targets is not None and total is not None:
+                total = total + measure_batch(images, network, targets)
+            writer.append(network.model_input(images).cpu().numpy())
+        if targets is None or total is None:
+            return (), ()
+        return targets.match(total, total), ()
+
+    def dgh(
+        self, writer: ImageWriter, on_step: OnStep | None
+    ) -> tuple[tuple[StatisticsMatch, ...], tuple[LossRecord, ...]]:
+        """Optimize images and write them."""
+        settings = self.settings
+        channels, height, width = self.shape
+        heads = find_heads(self.model) if settings.output_weight != 0 else ()
+        pixels = pixel_site(self.preprocessing, channels) if settings.pixel_prior else None
+        watched = (*self.sites, pixels) if pixels is not None else self.sites
+        targets = SiteTargets(watched, self.device)
+        objective = DghObjective(
+            targets=targets,
+            form=settings.loss,
+            std_weight=settings.std_weight,
+            site_balance=settings.site_balance,
+            output_range=settings.output_range,
+            output_hinge=settings.output_hinge,
+            heads=heads,
+            last=len(self.sites) - 1,
+        )
+        iterations = settings.iterations or default_iterations(height, width)
+        how = OptimizeSettings(
+            iterations=iterations,
+            learning_rate=settings.learning_rate or default_learning_rate(iterations),
+            output_weight=settings.output_weight,
+            output_ratio=settings.output_ratio,
+        )
+        network, prior = self._network(heads), self._prior()
+        with open_store(
+            writer.path,
+            sizes=self.sizes,
+            canvas_shape=prior.canvas_shape,
+            num_statistics=len(targets.center),
+            device=self.device,
+        ) as store:
+            before, history = optimize(
+                store, network, prior, objective, how, self.generator, on_step
+            )
+            after = targets.zero()
+            for index in range(len(self.sizes)):
+                images = prior.render(store.get(index).canvas.detach(), prior.center())
+                after = after + measure_batch(images, network, targets)
+                writer.append(network.model_input(images).cpu().numpy())
+        matches = targets.match(before, after)
+        return tuple(row for row in matches if row.node != PIXELS), tuple(history)
+
+    def _network(self, heads: tuple[str, ...]) -> Network:
+        tensors = [*(site.tensor for site in self.sites), *heads]
+        return Network(self.model, tensors, self.preprocessing, self.device)
+
+    def _prior(self) -> ImagePrior:
+        settings = self.settings
+        channels, height, width = self.shape
+        side = min(height, width)
+        padding = default_padding(side) if settings.padding is None else settings.padding
+        blur = default_blur(side) if settings.blur is None else settings.blur
+        low, high = standard_range(self.preprocessing, channels)
+        return ImagePrior(
+            height=height,
+            width=width,
+            padding=padding,
+            kernel=blur_kernel(blur),
+            low=low.to(self.device),
+            high=high.to(self.device),
+            flip=settings.flip,
+        )
+
+
+def _no_batch_norm(model: Model) -> NoBatchNormError:
+    leftovers = find_affine_leftovers(model)
+    what = "no BatchNormalization to match images to"
+    if leftovers:
+        what += (
+            f" ({len(leftovers)} Mul and Add pair(s) such as '{leftovers[0].mul}' may be what "
+            "is left of it, without statistics)"
+        )
+    return NoBatchNormError(
+        what,
+        where=str(model.source or "the model"),
+        hint=f"{_RE_EXPORT}; or calibrate with real images: --data DIR; or with noise: "
+        "--method noise",
+    )
+
+
+@contextlib.contextmanager
+def _reproducible(device: torch.device) -> Iterator[None]:
+    """Make convolutions on a GPU give the same bits every time."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        yield

@@ -1,0 +1,117 @@
+"""DGH: what images should fulfil, and the published defaults (WACV 2025, arXiv 2410.22110).
+
+For every BatchNormalization node, over all images together (`pipeline.generate.statistics`):
+
+    code form:   (1/C) sum_c [ (m_c - mean_c)^2 + std_weight (s_c - sigma_c)^2 ], averaged over
+                 the nodes; s = sqrt(variance + 1e-6)
+    paper form:  sum_c [ (m_c - mean_c)^2 + (v_c - variance_c)^2 ], summed over the nodes (eq. 4)
+
+The code form is the default: it is what the published results were made with. Each node's loss
+is also divided by ``mean variance ** site_balance``. As published the exponent is 0, and a node
+with large values, say the first one of a network that takes pixels 0..255, drowns all others;
+with 1 every node counts alike, and the wide tensors that dominate mobile networks are met less
+well. 1/2 serves networks of both kinds.
+
+The output loss stretches the range of each output of each image, since nothing near the end of
+the network is bound by BatchNormalization otherwise:
+
+    -(max - min), or squared as in the paper (eq. 6)
+    + optionally relu(|m_L - mean_L|^2 / C - delta) + relu(|s_L - sigma_L|^2 / C - delta) with
+      the statistics of this image at the last node (eq. 7)
+
+Of outputs with many elements, as those of detectors, not only the two outermost count but the
+outermost thousandth. Several outputs are brought to a common scale first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.generate.statistics import SiteTargets, Sums
+
+__all__ = ["DghObjective"]
+
+_EPSILON = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class DghObjective:
+    """The loss of DGH.
+
+    Args:
+        targets: statistics to match.
+        form: that of the published code or of the paper.
+        std_weight: weight of the std term, code form only.
+        site_balance: exponent of the mean variance that each node's loss is divided by, code
+            form only.
+        output_range: range as is or squared.
+        output_hinge: delta of the hinges; None leaves them out.
+        heads: names of the outputs to stretch.
+        last: index in ``targets.sites`` of the node that the hinges watch.
+    """
+
+    targets: SiteTargets
+    form: Literal["code", "paper"] = "code"
+    std_weight: float = 10.0
+    site_balance: float = 0.5
+    output_range: Literal["linear", "squared"] = "linear"
+    output_hinge: float | None = None
+    heads: Sequence[str] = ()
+    last: int = -1
+
+    def batch_norm(self, sums: Sums) -> Tensor:
+        """Return how far all images together are from the targets: a float64 scalar."""
+        targets = self.targets
+        offset, variance = sums.moments()
+        if self.form == "paper":
+            return (offset.square() + (variance - targets.variance).square()).sum()
+        std = (variance + _EPSILON).sqrt() - (targets.variance + _EPSILON).sqrt()
+        error = targets.mean_over_channels(offset.square() + self.std_weight * std.square())
+        scale = targets.mean_over_channels(targets.variance) + _EPSILON
+        return (error / scale**self.site_balance).mean()
+
+    def output(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the output loss of a batch, averaged over its images.
+
+        Args:
+            values: observed tensors by name, [N, ...] each.
+        """
+        ranges = torch.stack([_ranges(values[name]) for name in self.heads])  # [heads, N]
+        if self.output_range == "squared":
+            ranges = ranges.square()
+        if len(ranges) > 1:
+            scale = ranges.detach().mean(1, keepdim=True).clamp_min(1e-12)
+            ranges = ranges * (scale.mean() / scale)
+        loss = -ranges.mean()
+        if self.output_hinge is not None:
+            loss = loss + self._hinges(values, self.output_hinge)
+        return loss
+
+    def _hinges(self, values: Mapping[str, Tensor], delta: float) -> Tensor:
+        site = self.targets.sites[self.last]
+        tensor = (
+            values[site.tensor].flatten(2)
+            if values[site.tensor].dim() > 2
+            else (values[site.tensor].unsqueeze(2))
+        )
+        variance, mean = torch.var_mean(tensor, dim=2, correction=0)  # [N, C]
+        target = mean.new_tensor(site.mean), mean.new_tensor(site.variance)
+        spread = (variance + _EPSILON).sqrt() - (target[1] + _EPSILON).sqrt()
+        excess = torch.stack([(mean - target[0]).square().mean(1), spread.square().mean(1)])
+        return torch.relu(excess - delta).sum(0).mean()
+
+
+def _ranges(values: Tensor) -> Tensor:
+    """Return the range of each image's elements, [N]."""
+    flat = values.flatten(1)
+    count = max(1, flat.shape[1] // 1000)
+    if count == 1:
+        return flat.amax(1) - flat.amin(1)
+    high = flat.topk(count, dim=1, sorted=False).values
+    low = flat.topk(count, dim=1, largest=False, sorted=False).values
+    return high.mean(1) - low.mean(1)

@@ -1,0 +1,184 @@
+"""Canvases and optimizer state of every batch, in files, one batch in memory.
+
+Plain reads and writes, so that the memory of a run does not depend on the number of images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graph_tools.errors import DataError
+from pipeline.generate.statistics import Sums
+
+__all__ = ["Batch", "BatchStore", "batch_sizes", "open_store"]
+
+
+def batch_sizes(num_images: int, batch_size: int) -> tuple[int, ...]:
+    """Split images into batches; the last one may be smaller."""
+    full, rest = divmod(num_images, batch_size)
+    return (batch_size,) * full + ((rest,) if rest else ())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The batch in memory. Its tensors are reused for the next one.
+
+    Args:
+        canvas: [N, C, H, W] float32, a leaf that requires gradient.
+        first_moment: RAdam's running mean of the gradient, like ``canvas``.
+        second_moment: RAdam's running mean of the squared gradient, like ``canvas``.
+        sums: what this batch last contributed to the statistics of all images.
+    """
+
+    canvas: Tensor
+    first_moment: Tensor
+    second_moment: Tensor
+    sums: Sums
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Everything that is stored."""
+        sums = self.sums
+        return (
+            self.canvas.detach(),
+            self.first_moment,
+            self.second_moment,
+            sums.count,
+            sums.first,
+            sums.second,
+        )
+
+    def set_sums(self, sums: Sums) -> None:
+        """Replace the contribution to the statistics."""
+        own = self.sums
+        for old, new in ((own.count, sums.count), (own.first, sums.first)):
+            old.copy_(new)
+        own.second.copy_(sums.second)
+
+
+class BatchStore:
+    """All batches, of which one is in memory.
+
+    Args:
+        folder: where the files go; `open_store` makes and removes it.
+        sizes: images in each batch.
+        canvas_shape: [C, H, W] of a canvas.
+        num_statistics: length of the vectors of `Sums`.
+        device: where the batch in memory lives.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        sizes: Sequence[int],
+        canvas_shape: tuple[int, int, int],
+        num_statistics: int,
+        device: torch.device,
+    ) -> None:
+        self.sizes = tuple(sizes)
+        self._folder = folder
+        self._current: int | None = None
+        self._batches = {
+            size: _new_batch(size, canvas_shape, num_statistics, device)
+            for size in dict.fromkeys(self.sizes)
+        }
+
+    def create(self, index: int, canvas: Tensor) -> Batch:
+        """Start a batch: this canvas, no optimizer state, no statistics."""
+        self._put_away()
+        batch = self._batches[self.sizes[index]]
+        for tensor in batch.tensors:
+            tensor.zero_()
+        batch.canvas.detach().copy_(canvas)
+        self._current = index
+        return batch
+
+    def get(self, index: int) -> Batch:
+        """Bring a batch to memory; the one that was there is written back."""
+        batch = self._batches[self.sizes[index]]
+        if index != self._current:
+            self._put_away()
+            with self._file(index, "rb") as file:
+                for tensor in batch.tensors:
+                    data = np.fromfile(file, dtype=_dtype(tensor), count=tensor.numel())
+                    tensor.copy_(torch.from_numpy(data).view(tensor.shape))
+            self._current = index
+        return batch
+
+    def _put_away(self) -> None:
+        if self._current is None:
+            return
+        with self._file(self._current, "wb") as file:
+            for tensor in self._batches[self.sizes[self._current]].tensors:
+                tensor.cpu().numpy().tofile(file)
+
+    @contextlib.contextmanager
+    def _file(self, index: int, mode: Literal["rb", "wb"]) -> Iterator[BinaryIO]:
+        path = self._folder / f"{index:06d}"
+        try:
+            with path.open(mode) as file:
+                yield file
+        except OSError as error:
+            raise DataError(
+                f"temporary file cannot be used ({error.strerror or error})",
+                where=str(path),
+                hint="free some space, or make fewer images",
+            ) from error
+
+
+@contextlib.contextmanager
+def open_store(
+    beside: Path,
+    *,
+    sizes: Sequence[int],
+    canvas_shape: tuple[int, int, int],
+    num_statistics: int,
+    device: torch.device,
+) -> Iterator[BatchStore]:
+    """Keep batches in a hidden folder beside the file ``beside``, removed at the end.
+
+    Raises:
+        DataError: the folder cannot be made or written.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(
+            prefix=f".{beside.name}.", dir=beside.parent, ignore_cleanup_errors=True
+        )
+    except OSError as error:
+        raise DataError(
+            f"no folder can be made there ({error.strerror or error})",
+            where=str(beside.parent),
+            hint="choose another place with -o",
+        ) from error
+    with folder as name:
+        yield BatchStore(
+            Path(name),
+            sizes=sizes,
+            canvas_shape=canvas_shape,
+            num_statistics=num_statistics,
+            device=device,
+        )
+
+
+def _new_batch(
+    size: int, canvas_shape: tuple[int, int, int], num_statistics: int, device: torch.device
+) -> Batch:
+    canvas, first, second = (
+        torch.zeros((size, *canvas_shape), device=device) for _ in range(3)
+    )
+    sums = [torch.zeros(num_statistics, dtype=torch.float64, device=device) for _ in range(3)]
+    return Batch(canvas.requires_grad_(), first, second, Sums(*sums))
+
+
+def _dtype(tensor: Tensor) -> type[np.floating]:
+    return np.float64 if tensor.dtype == torch.float64 else np.float32

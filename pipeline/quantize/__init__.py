@@ -1,0 +1,226 @@
+"""Decide every quantizer of a network from images: the plan. Changes no graph."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from graph_tools.errors import ModelError
+from graph_tools.model import Model, initializers
+from graph_tools.quantizer import Plan, QuantizedConstant, TensorQuantizer
+from graph_tools.torch_graph import TorchGraph
+from pipeline.images import ImageSet
+from pipeline.quantize.bias_correction import correct_biases
+from pipeline.quantize.observe import Histogram, observe
+from pipeline.quantize.placement import Placement, place
+from pipeline.quantize.thresholds import activation_exponent, ceil_log2
+from pipeline.quantize.weights import quantize_bias, quantize_operand, quantize_weight
+from pipeline.settings import QuantizeSettings
+
+__all__ = ["Quantization", "quantize"]
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_BATCH_BYTES = 16 * 2**20  # of one batch of images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """A plan, and what was seen while making it.
+
+    Attributes:
+        plan: quantizers and integers.
+        clipped_percent: share of each quantized tensor's float values outside its quantizer.
+        notes: in words, for the user.
+    """
+
+    plan: Plan
+    clipped_percent: Mapping[str, float]
+    notes: tuple[str, ...]
+
+
+def quantize(
+    model: Model,
+    images: ImageSet,
+    settings: QuantizeSettings,
+    *,
+    on_step: Callable[[int, int, Mapping[str, float]], None] | None = None,
+) -> Quantization:
+    """Choose all quantizers of ``model`` from ``images``.
+
+    Full scheme (HPTQ, METHODS section 3 ``hptq-pot``): every tensor that crosses an operator,
+    input and outputs included; weights per output channel; int32 biases.
+
+    Args:
+        model: a network prepared for quantization.
+        images: calibration images in the model's own layout and normalization.
+        settings: bits, scheme, threshold error, corrections.
+        on_step: progress as (done, total, terms).
+
+    Raises:
+        ModelError: the graph has nothing to quantize.
+        DataError: the network is not finite on the images.
+    """
+    graph = TorchGraph(model.proto)
+    placement = place(model, graph.steps)
+    if not placement.weighted:
+        raise ModelError(
+            "no convolution, Gemm or MatMul with constant weights",
+            where=str(model.source or "model"),
+            hint="there is nothing to quantize",
+        )
+    size = _batch_size(model)
+
+    def batches() -> Iterator[torch.Tensor]:
+        for batch in images.batches(size):
+            yield torch.from_numpy(batch)
+
+    histograms = observe(graph, placement.roots, batches)
+    tensors = _activation_quantizers(placement, histograms, settings, model.input.name)
+    absorbed = _absorb_activations(placement, tensors)
+    for tensor, root in placement.shares.items():
+        tensors[tensor] = tensors[root]
+    constants = _constants(placement, tensors, initializers(model.proto), settings)
+    notes = []
+    if settings.bias_correction:
+        corrected, used = correct_biases(
+            graph,
+            placement.weighted,
+            tensors,
+            constants,
+            {
+                site.bias: initializers(model.proto)[site.bias]
+                for site in placement.weighted.values()
+                if site.bias
+            },
+            batches(),
+            on_step=None if on_step is None else (lambda i, n: on_step(i, n, {})),
+        )
+        constants.update(corrected)
+        notes.append(f"biases corrected on {used} images")
+    plan = Plan(
+        tensors=tensors,
+        constants=constants,
+        absorbed=absorbed,
+        shares=placement.shares,
+        midpoint=_midpoint(placement, tensors, settings),
+        float_nodes=placement.float_nodes,
+    )
+    clipped = {
+        name: histogram.clipped_percent(
+            (q := tensors[name]).qmin * float(q.scale) - float(q.scale) / 2,
+            q.qmax * float(q.scale) + float(q.scale) / 2,
+        )
+        for name, histogram in histograms.items()
+    }
+    logger.info("%d tensors, %d constants quantized", len(tensors), len(constants))
+    return Quantization(plan=plan, clipped_percent=clipped, notes=tuple(notes))
+
+
+def _batch_size(model: Model) -> int:
+    if model.fixed_batch is not None:
+        return model.fixed_batch
+    return int(np.clip(_BATCH_BYTES // (4 * np.prod(model.input.shape)), 1, 64))
+
+
+def _activation_quantizers(
+    placement: Placement,
+    histograms: Mapping[str, Histogram],
+    settings: QuantizeSettings,
+    input_name: str,
+) -> dict[str, TensorQuantizer]:
+    bits = settings.activations
+    quantizers = {}
+    bounds = {
+        after: placement.clip_bounds[node][1]
+        for node, (_, after) in placement.activations.items()
+        if node in placement.clip_bounds
+    }
+    for name in placement.roots:
+        histogram = histograms[name]
+        signed = name not in placement.nonnegative and not (
+            name == input_name and histogram.low >= 0
+        )
+        if name in placement.unit_range:
+            exponent = -(bits - signed)
+        else:
+            exponent = activation_exponent(
+                histogram.centers,
+                histogram.counts,
+                bits=bits,
+                signed=signed,
+                metric=settings.threshold,
+            )
+        if 0 < bounds.get(name, np.inf) < np.inf:  # a Clip saturates there anyway
+            exponent = min(exponent, ceil_log2(bounds[name]) - (bits - signed))
+        quantizers[name] = TensorQuantizer(bits=bits, signed=signed, exponent=exponent)
+    return quantizers
+
+
+def _absorb_activations(
+    placement: Placement, tensors: dict[str, TensorQuantizer]
+) -> dict[str, str]:
+    """Relu and Clip nodes that saturation does; the others get a quantizer before them, too."""
+    absorbed = {}
+    for node, (before, after) in placement.activations.items():
+        quantizer = tensors[after]
+        low, high = placement.clip_bounds.get(node, (0.0, np.inf))
+        scale = float(quantizer.scale)
+        if quantizer.qmin * scale >= low and quantizer.qmax * scale <= high:
+            absorbed[node] = after
+        else:
+            tensors[before] = quantizer
+    return absorbed
+
+
+def _midpoint(
+    placement: Placement, tensors: Mapping[str, TensorQuantizer], settings: QuantizeSettings
+) -> frozenset[str]:
+    """Signed tensors with several readers.
+
+    onnxruntime on x64 computes in uint8 and turns int8 into it only where one operator reads
+    the tensor; the others, and the operators around them, would stay in float.
+    """
+    if settings.zero_point == "zero":
+        return frozenset()
+    return frozenset(
+        tensor
+        for tensor, quantizer in tensors.items()
+        if quantizer.signed and placement.num_readers.get(tensor, 0) > 1
+    )
+
+
+def _constants(
+    placement: Placement,
+    tensors: Mapping[str, TensorQuantizer],
+    values: Mapping[str, Array],
+    settings: QuantizeSettings,
+) -> dict[str, QuantizedConstant]:
+    constants = {}
+    for site in placement.weighted.values():
+        exponent = tensors[site.input].exponent
+        assert isinstance(exponent, int)
+        bias = values[site.bias] if site.bias else None
+        weight = quantize_weight(
+            site,
+            values[site.weight],
+            bias,
+            exponent,
+            bits=settings.weights,
+            metric=settings.threshold,
+        )
+        constants[site.weight] = weight
+        if bias is not None:
+            constants[site.bias] = quantize_bias(site, bias, exponent, weight)
+    for name, node in placement.operands.items():
+        constants[name] = quantize_operand(
+            node, values[name], bits=min(settings.activations, 8)
+        )
+    return constants

@@ -1,0 +1,135 @@
+"""The power-of-two threshold search.
+
+HPTQ (arXiv 2109.09113) section 3.2 and METHODS section 2.1: candidates are
+``2**ceil(log2 max|x|)`` times 2, 1, 1/2, ..., the one with the smallest error wins, the larger on
+ties. Errors are computed on histograms (activations) or on the values (weights).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+
+__all__ = ["FLOOR", "Metric", "activation_exponent", "ceil_log2", "weight_exponents"]
+
+Metric = Literal["mse", "mae", "kl", "no-clipping"]
+Array = np.ndarray[Any, np.dtype[Any]]
+
+FLOOR = 2.0**-16
+"""Smallest magnitude that a threshold is chosen for (an all-zero tensor has this one)."""
+
+_ACTIVATION_CANDIDATES = 20
+_WEIGHT_CANDIDATES = 10
+
+
+def ceil_log2(value: float) -> int:
+    """``ceil(log2(value))``, exact at powers of two."""
+    mantissa, exponent = math.frexp(value)
+    return exponent - 1 if mantissa == 0.5 else exponent
+
+
+def _quantized(values: Array, exponent: int, bits: int, signed: bool) -> Array:
+    low = -(2 ** (bits - 1)) if signed else 0
+    high = 2 ** (bits - signed) - 1
+    scale = 2.0**exponent
+    return np.clip(np.rint(values / scale), low, high) * scale
+
+
+def _largest_exponent(low: float, high: float, bits: int, signed: bool) -> int:
+    """Exponent of the smallest scale that clips nothing."""
+    top = 2 ** (bits - signed) - 1
+    magnitude = max(high / top, (-low / 2 ** (bits - 1)) if signed else 0.0)
+    return ceil_log2(max(magnitude, FLOOR / 2 ** (bits - signed)))
+
+
+def activation_exponent(
+    centers: Array, counts: Array, *, bits: int, signed: bool, metric: Metric = "mse"
+) -> int:
+    """Scale exponent of one tensor from its histogram.
+
+    Args:
+        centers: [bins] bin centers, ascending.
+        counts: [bins] how many values fell in each.
+        bits: width of the integers.
+        signed: whether the quantizer has negative integers.
+        metric: error to minimize; ``no-clipping`` takes the smallest scale that clips nothing.
+    """
+    used = np.flatnonzero(counts)
+    if used.size == 0:
+        return ceil_log2(FLOOR) - (bits - signed)
+    low, high = float(centers[used[0]]), float(centers[used[-1]])
+    start = _largest_exponent(low, high, bits, signed)
+    if metric == "no-clipping":
+        return start
+    centers, weights = centers[used].astype(np.float64), counts[used].astype(np.float64)
+    best, best_error = start, math.inf
+    widest = (
+        start if metric == "kl" else start + 1
+    )  # merged levels cost smooth densities no KL
+    for exponent in range(widest, widest - _ACTIVATION_CANDIDATES, -1):
+        if metric == "kl":
+            error = _kl_divergence(weights, centers, exponent, bits, signed)
+        else:
+            quantized = _quantized(centers, exponent, bits, signed)
+            power = 2 if metric == "mse" else 1
+            error = float(np.dot(weights, np.abs(quantized - centers) ** power))
+        if error < best_error:
+            best, best_error = exponent, error
+    return best
+
+
+def _kl_divergence(
+    counts: Array, centers: Array, exponent: int, bits: int, signed: bool
+) -> float:
+    """KL(P || Q) of one candidate, as entropy calibration defines it.
+
+    P: the bins inside the range, saturated values added to the outermost; Q: the same bins
+    without those, each level's mass spread evenly over the non-empty bins that fall on it.
+    """
+    low = -(2 ** (bits - 1)) if signed else 0
+    high = 2 ** (bits - signed) - 1
+    levels = np.rint(centers / 2.0**exponent)
+    inside = (levels >= low) & (levels <= high)
+    if inside.sum() < high - low + 1:  # fewer bins than levels say nothing
+        return math.inf
+    p = counts[inside].copy()
+    _, inverse = np.unique(levels[inside], return_inverse=True)
+    q = (np.bincount(inverse, weights=p) / np.bincount(inverse))[inverse]
+    p[0] += counts[levels < low].sum()
+    p[-1] += counts[levels > high].sum()
+    p, q = p / p.sum(), q / q.sum()
+    return float(np.sum(p * np.log(p / q)))
+
+
+def weight_exponents(
+    weight: Array, *, axis: int, bits: int, metric: Metric = "mse"
+) -> tuple[int, ...]:
+    """Scale exponent of each output channel of a weight.
+
+    Args:
+        weight: any rank, float.
+        axis: its output-channel axis.
+        bits: width of the (signed) integers.
+        metric: ``mse``, ``mae`` or ``no-clipping``; ``kl`` is for histograms, and weights take
+            ``mse`` instead.
+    """
+    rows = np.moveaxis(np.asarray(weight, np.float64), axis, 0).reshape(weight.shape[axis], -1)
+    start = np.array(
+        [_largest_exponent(float(r.min()), float(r.max()), bits, True) for r in rows], np.int64
+    )
+    if metric == "no-clipping":
+        return tuple(int(exponent) for exponent in start)
+    power = 1 if metric == "mae" else 2
+    best, best_error = start.copy(), np.full(len(rows), np.inf)
+    floor = ceil_log2(FLOOR) - (bits - 1)
+    for step in range(-1, _WEIGHT_CANDIDATES - 1):
+        exponents = np.maximum(start - step, floor)
+        scale = np.exp2(exponents.astype(np.float64))[:, None]
+        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        quantized = np.clip(np.rint(rows / scale), low, high) * scale
+        error = (np.abs(quantized - rows) ** power).sum(axis=1)
+        better = error < best_error
+        best, best_error = np.where(better, exponents, best), np.minimum(error, best_error)
+    return tuple(int(exponent) for exponent in best)

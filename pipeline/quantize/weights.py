@@ -1,0 +1,89 @@
+"""Integers of weights, biases and constant operands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from graph_tools.quantizer import QuantizedConstant, TensorQuantizer
+from pipeline.quantize.placement import Weighted
+from pipeline.quantize.thresholds import Metric, ceil_log2, weight_exponents
+
+__all__ = ["quantize_bias", "quantize_operand", "quantize_weight"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+BIAS_BITS = 22
+"""The bias of a channel stays below 2**22 steps, so that accumulators stay below 2**24, where
+float32 simulation is exact, in all but extreme cases, and int32 never overflows."""
+
+
+def quantize_weight(
+    site: Weighted,
+    weight: Array,
+    bias: Array | None,
+    input_exponent: int,
+    *,
+    bits: int,
+    metric: Metric,
+) -> QuantizedConstant:
+    """Per-output-channel integers of a weight.
+
+    A channel whose weights are tiny beside its bias gets a larger scale than its weights ask for:
+    its bias must fit the accumulator (a dead channel otherwise overflows int32).
+
+    Args:
+        site: where the weight is.
+        weight: float, output channels on ``site.axis``.
+        bias: float [channels], None if there is none.
+        input_exponent: exponent of the input's scale.
+        bits: width of the integers.
+        metric: error that the threshold search minimizes.
+    """
+    exponents = np.array(weight_exponents(weight, axis=site.axis, bits=bits, metric=metric))
+    if bias is not None and bias.size:
+        magnitude = np.abs(np.asarray(bias, np.float64))
+        if magnitude.size != exponents.size:  # grouped ConvTranspose: groups share a scale
+            magnitude = magnitude.reshape(-1, exponents.size).max(axis=0)
+        least = [ceil_log2(m) - BIAS_BITS - input_exponent if m else -1000 for m in magnitude]
+        exponents = np.maximum(exponents, least)
+    quantizer = TensorQuantizer(
+        bits=bits,
+        signed=True,
+        exponent=tuple(int(exponent) for exponent in exponents),
+        axis=site.axis,
+    )
+    return QuantizedConstant(
+        integers=quantizer.quantize(weight), quantizer=quantizer, role="weight", node=site.node
+    )
+
+
+def quantize_bias(
+    site: Weighted, bias: Array, input_exponent: int, weight: QuantizedConstant
+) -> QuantizedConstant:
+    """int32 bias with the scale of input times weight, per channel."""
+    exponents = weight.quantizer.exponent
+    assert isinstance(exponents, tuple)
+    groups = bias.size // len(exponents)
+    quantizer = TensorQuantizer(
+        bits=32,
+        signed=True,
+        exponent=tuple(input_exponent + exponent for exponent in exponents * groups),
+        axis=0,
+    )
+    return QuantizedConstant(
+        integers=quantizer.quantize(bias), quantizer=quantizer, role="bias", node=site.node
+    )
+
+
+def quantize_operand(node: str, values: Array, *, bits: int) -> QuantizedConstant:
+    """Per-tensor integers of a constant operand of Add, Sub, Mul or Div."""
+    signed = bool((values < 0).any())
+    flat = np.abs(np.asarray(values, np.float64)).max(initial=0.0)
+    top = 2 ** (bits - signed) - 1
+    exponent = ceil_log2(max(float(flat) / top, 2.0**-40))
+    quantizer = TensorQuantizer(bits=bits, signed=signed, exponent=exponent)
+    return QuantizedConstant(
+        integers=quantizer.quantize(values), quantizer=quantizer, role="operand", node=node
+    )

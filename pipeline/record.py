@@ -1,0 +1,310 @@
+"""The run as plain data: what goes into report.json and into the written file's metadata."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata as packages
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+
+from graph_tools.batchnorm import find_affine_leftovers, find_batch_norms
+from graph_tools.compare import TensorComparison, compare_tensors
+from graph_tools.errors import ZsqError
+from graph_tools.model import Model
+from graph_tools.qdq import dequantized_name
+from graph_tools.quantizer import TensorQuantizer
+from pipeline.evaluate.classification import Accuracy
+from pipeline.generate import Generated, default_batch_size
+from pipeline.images import ImageSet
+from pipeline.preprocessing import Preprocessing
+from pipeline.quantize import Quantization
+from pipeline.settings import GenerateSettings
+from pipeline.verify.proof import Proof
+
+if TYPE_CHECKING:
+    from pipeline.run import QuantizeJob
+
+__all__ = [
+    "Record",
+    "describe_generation",
+    "describe_model",
+    "metadata",
+    "recorded_preprocessing",
+    "write_run_json",
+]
+
+_COMPARED_IMAGES = 64
+_PACKAGES = ("onnx-zsq", "onnx", "onnxruntime", "torch", "numpy", "onnx-graphsurgeon")
+_POOR_SQNR_DB = 10.0
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide the result."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = packages.version(name)
+        except packages.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def metadata(
+    model: Model, job: QuantizeJob, preprocessing: Preprocessing, generated: Generated | None
+) -> dict[str, str]:
+    """``metadata_props`` of the written file: what made it, enough to make it again."""
+    if generated is not None:
+        source = f"{job.generation.num_images} generated ({job.generation.method})"
+    else:
+        source = str((job.data or job.images or Path()).name)
+    return {
+        "zsq.source_sha256": model.sha256,
+        "zsq.images": source,
+        "zsq.settings": json.dumps(flat_settings(job), sort_keys=True),
+        "zsq.preprocessing": json.dumps(preprocessing.to_dict(), sort_keys=True),
+        "zsq.versions": json.dumps(versions(), sort_keys=True),
+    }
+
+
+def recorded_preprocessing(path: Path) -> Preprocessing | None:
+    """The normalization that `metadata` wrote into a quantized file; None without one."""
+    try:
+        properties = onnx.load(path, load_external_data=False).metadata_props
+        text = next((p.value for p in properties if p.key == "zsq.preprocessing"), "")
+        return Preprocessing.from_dict(json.loads(text)) if text else None
+    except (OSError, ValueError, DecodeError):
+        return None  # whoever runs the file says what is wrong with it
+
+
+def flat_settings(job: QuantizeJob) -> dict[str, Any]:
+    """All settings of a run by flag name, without paths."""
+    return {
+        **asdict(job.quantization),
+        **asdict(job.generation),
+        **{name: value for name, value in asdict(job.input).items() if value},
+    }
+
+
+def describe_model(model: Model) -> dict[str, Any]:
+    """The ``model`` part of the report, and the Mul+Add pairs left of BatchNormalization."""
+    operators = Counter(node.op_type for node in model.proto.graph.node)
+    return {
+        "path": str(model.source or ""),
+        "sha256": model.sha256,
+        "input": {
+            "name": model.input.name,
+            "shape": list(model.input.shape),
+            "layout": model.input.layout,
+            "batch": model.input.batch,
+        },
+        "outputs": list(model.outputs),
+        "num_nodes": len(model.proto.graph.node),
+        "num_batch_norms": len(find_batch_norms(model)),
+        "batch_norms": [
+            {"node": site.node, "tensor": site.tensor, "channels": site.channels}
+            for site in find_batch_norms(model)
+        ],
+        "affine_leftovers": [asdict(pair) for pair in find_affine_leftovers(model)],
+        "operators": dict(sorted(operators.items())),
+        "notes": list(model.notes),
+    }
+
+
+def describe_generation(
+    generated: Generated, settings: GenerateSettings, model: Model
+) -> dict[str, Any]:
+    """The ``generation`` part of the report."""
+    size = model.input.height, model.input.width
+    return {
+        "method": settings.method,
+        "num_images": generated.images.count,
+        "iterations": len(generated.history),
+        "batch_size": settings.batch_size or default_batch_size(*size, settings.device),
+        "seconds": generated.seconds,
+        "notes": list(generated.notes),
+        "history": [asdict(record) for record in generated.history],
+        "statistics": [asdict(match) for match in generated.statistics],
+    }
+
+
+def write_run_json(path: Path, report: Mapping[str, Any]) -> None:
+    """Settings, versions, seed and times of a run."""
+    parts = ("tool", "settings", "preprocessing", "times", "versions")
+    try:
+        path.write_text(json.dumps({part: report[part] for part in parts}, indent=1) + "\n")
+    except OSError as error:
+        raise ZsqError(f"cannot write: {error.strerror}", where=str(path)) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Everything a finished run knows.
+
+    Attributes:
+        model: as loaded; ``network`` as prepared, the float reference of the comparison.
+        written: the quantized file.
+        images: calibration images.
+        generated: None if the images were given.
+    """
+
+    job: QuantizeJob
+    model: Model
+    network: Model
+    written: Path
+    images: ImageSet
+    preprocessing: Preprocessing
+    generated: Generated | None
+    quantization: Quantization
+    proof: Proof
+    accuracies: tuple[Accuracy, ...]
+
+    def to_dict(self, times: Mapping[str, float]) -> dict[str, Any]:
+        """The report as plain data."""
+        compared = self._compare()
+        generation = None
+        if self.generated is not None:
+            generation = describe_generation(self.generated, self.job.generation, self.model)
+        report: dict[str, Any] = {
+            "tool": {
+                "name": "onnx-zsq",
+                "version": versions()["onnx-zsq"],
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            },
+            "model": describe_model(self.model),
+            "settings": flat_settings(self.job),
+            "preprocessing": self.preprocessing.to_dict(),
+            "generation": generation,
+            "quantization": self._quantization(compared, times.get("quantize", 0.0)),
+            "proof": self.proof.to_dict(),
+            "evaluation": [asdict(accuracy) for accuracy in self.accuracies] or None,
+            "times": dict(times),
+            "versions": versions(),
+        }
+        report["warnings"] = self._warnings(report)
+        return report
+
+    def _compare(self) -> dict[str, TensorComparison]:
+        tensors = self.quantization.plan.tensors
+        pairs = {name: dequantized_name(name, self.network.outputs) for name in tensors}
+        pairs.update((name, name) for name in self.network.outputs)
+        return compare_tensors(
+            self.network.proto,
+            onnx.load(self.written),
+            pairs,
+            self.images.batches(16, limit=_COMPARED_IMAGES),
+            histograms=self.network.outputs,
+        )
+
+    def _quantization(
+        self, compared: Mapping[str, TensorComparison], seconds: float
+    ) -> dict[str, Any]:
+        plan = self.quantization.plan
+        operators = {n.name: n.op_type for n in self.network.proto.graph.node}
+        producers = {o: n for n in self.network.proto.graph.node for o in n.output}
+        saturated = {  # unsigned in front of a Clip that stays: what it cuts off is no error
+            node.input[0]
+            for node in self.network.proto.graph.node
+            if node.op_type == "Clip" and node.name not in plan.absorbed
+        }
+        tensors = []
+        for name, quantizer in plan.tensors.items():
+            node = producers.get(name)
+            comparison = compared.get(name) if name not in saturated else None
+            tensors.append(
+                {
+                    "name": name,
+                    "node": node.name if node is not None else "(input)",
+                    "op_type": node.op_type if node is not None else "(input)",
+                    "kind": "activation",
+                    "sqnr_db": None if comparison is None else comparison.sqnr_db,
+                    "clipped_percent": self.quantization.clipped_percent.get(name),
+                    "shares_with": plan.shares.get(name),
+                    **_describe(quantizer),
+                }
+            )
+        for name, constant in plan.constants.items():
+            tensors.append(
+                {
+                    "name": name,
+                    "node": constant.node,
+                    "op_type": operators[constant.node],
+                    "kind": "bias" if constant.role == "bias" else "weight",
+                    "sqnr_db": _sqnr(self._initializer(name), constant.values),
+                    "clipped_percent": None,
+                    "shares_with": None,
+                    **_describe(constant.quantizer),
+                }
+            )
+        return {
+            "scheme": self.job.quantization.scheme,
+            "weight_bits": self.job.quantization.weights,
+            "activation_bits": self.job.quantization.activations,
+            "seconds": seconds,
+            "power_of_two": True,
+            "tensors": tensors,
+            "float": [asdict(entry) for entry in plan.float_nodes],
+            "absorbed": [
+                {"node": node, "op_type": operators[node], "into": tensor}
+                for node, tensor in plan.absorbed.items()
+            ],
+            "outputs": [
+                {
+                    "name": name,
+                    "sqnr_db": compared[name].sqnr_db,
+                    "histogram": histogram.to_dict() if histogram is not None else None,
+                }
+                for name in self.network.outputs
+                for histogram in [compared[name].histogram]
+            ],
+            "bytes": {
+                "float": self.job.model.stat().st_size,
+                "quantized": self.written.stat().st_size,
+            },
+            "notes": [*self.network.notes, *self.quantization.notes],
+        }
+
+    def _initializer(self, name: str) -> np.ndarray[Any, Any]:
+        found = next(i for i in self.network.proto.graph.initializer if i.name == name)
+        return onnx.numpy_helper.to_array(found)
+
+    def _warnings(self, report: Mapping[str, Any]) -> list[str]:
+        warnings = []
+        if self.preprocessing.source.startswith("guessed"):
+            warnings.append(
+                f"normalization was {self.preprocessing.source}; give --mean and --std if wrong"
+            )
+        for output in report["quantization"]["outputs"]:
+            if output["sqnr_db"] is not None and output["sqnr_db"] < _POOR_SQNR_DB:
+                warnings.append(
+                    f"output {output['name']} has an SQNR of only {output['sqnr_db']:.1f} dB"
+                )
+        if not self.proof.passed:
+            warnings.append("the proof failed: see the proof section")
+        return warnings
+
+
+def _describe(quantizer: TensorQuantizer) -> dict[str, Any]:
+    exponent: Any = quantizer.exponent
+    if isinstance(exponent, tuple):
+        exponent = [min(exponent), max(exponent)]
+    per_tensor = quantizer.axis is None
+    return {
+        "bits": quantizer.bits,
+        "signed": quantizer.signed,
+        "exponent": exponent,
+        "threshold": quantizer.threshold if per_tensor else None,
+    }
+
+
+def _sqnr(exact: np.ndarray[Any, Any], approximate: np.ndarray[Any, Any]) -> float | None:
+    signal = float(np.sum(np.square(exact, dtype=np.float64)))
+    noise = float(np.sum(np.square(exact - approximate, dtype=np.float64)))
+    return None if not signal or not noise else 10.0 * float(np.log10(signal / noise))

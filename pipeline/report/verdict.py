@@ -1,0 +1,166 @@
+"""The verdict in words: what a reader must know before anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.report.numbers import as_float, format_bytes, format_number
+
+__all__ = ["Fact", "Tone", "Verdict", "judge"]
+
+Tone = Literal["good", "warn", "bad", ""]
+_GOOD: Tone = "good"
+_WARN: Tone = "warn"
+_BAD: Tone = "bad"
+_POOR_SQNR_DB = 10.0
+_ARROW = " \N{RIGHTWARDS ARROW} "
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fact:
+    """One number of the strip below the verdict."""
+
+    label: str
+    value: str
+    detail: str = ""
+    tone: Tone = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The sentence at the top: ``lead``, then ``clauses``; ``facts`` repeat it in figures."""
+
+    title: str
+    lead: str
+    tone: Tone
+    clauses: tuple[str, ...]
+    facts: tuple[Fact, ...]
+
+
+def judge(report: Mapping[str, Any]) -> Verdict:
+    """Sum the report up.
+
+    Args:
+        report: the report in its JSON form; parts that are None are passed over.
+    """
+    quantization = report.get("quantization") or {}
+    weights, activations = (
+        quantization.get(key) or "?" for key in ("weight_bits", "activation_bits")
+    )
+    bits = f"W{weights}A{activations}"
+    scales = "power of two" if quantization.get("power_of_two") else "not power of two"
+    proved, tone, proof_facts, proof_clauses = _proof(report.get("proof"))
+    clauses, facts = [*proof_clauses], [*proof_facts]
+    for clause, fact in (
+        _sqnr(quantization.get("outputs") or []),
+        _accuracy(report.get("evaluation") or []),
+        _size(quantization.get("bytes") or {}),
+    ):
+        clauses += [clause] if clause else []
+        facts += [fact] if fact else []
+    if tone == _GOOD and any(fact.tone == _BAD for fact in facts):
+        tone = _WARN  # exact, but not close to the float network
+    return Verdict(
+        title=bits,
+        lead=f"{bits}, {scales}, {proved}",
+        tone=tone,
+        clauses=tuple(clauses),
+        facts=tuple(facts),
+    )
+
+
+def _sqnr(outputs: Sequence[Mapping[str, Any]]) -> tuple[str, Fact | None]:
+    known = [
+        (sqnr, output)
+        for output in outputs
+        if (sqnr := as_float(output.get("sqnr_db"))) is not None
+    ]
+    if not known:
+        return "", None
+    sqnr, output = min(known, key=lambda pair: pair[0])
+    several = len(outputs) > 1
+    text = f"{format_number(sqnr, 1)} dB"
+    return (
+        f"{'worst ' if several else ''}output SQNR {text}",
+        Fact(
+            label="Worst output SQNR" if several else "Output SQNR",
+            value=text,
+            tone=_BAD if sqnr < _POOR_SQNR_DB else "",
+            detail=f"{output.get('name')}, of {len(outputs)} outputs" if several else "",
+        ),
+    )
+
+
+def _accuracy(rows: Sequence[Mapping[str, Any]]) -> tuple[str, Fact | None]:
+    known = [(top1, row) for row in rows if (top1 := as_float(row.get("top1"))) is not None]
+    if not known:
+        return "", None
+    first, last = known[0][0], known[-1][0]
+    count = format_number(known[-1][1].get("count"))
+    if len(known) == 1:
+        text = format_number(last, 1)
+        return f"top-1 {text}", Fact(label="Top-1, %", value=text, detail=f"{count} images")
+    text = format_number(first, 1) + _ARROW + format_number(last, 1)
+    points = f"{'+' if last > first else ''}{format_number(last - first, 2)} points"
+    return f"top-1 {text}", Fact(
+        label="Top-1, %", value=text, detail=f"{points}, {count} images"
+    )
+
+
+def _size(sizes: Mapping[str, Any]) -> tuple[str, Fact | None]:
+    if not sizes.get("quantized"):
+        return "", None
+    detail = f"float {format_bytes(sizes.get('float'))}"
+    return "", Fact(label="File size", value=format_bytes(sizes["quantized"]), detail=detail)
+
+
+def _proof(
+    proof: Mapping[str, Any] | None,
+) -> tuple[str, Tone, list[Fact], list[str]]:
+    """Return the lead's end, its tone, the facts and the clauses that the proof gives."""
+    if not proof:
+        fact = Fact(label="Bit-exact", value="not checked", tone="warn")
+        return "not verified", "warn", [fact], []
+    images = f"{format_number(proof.get('images'))} images"
+    elements, differing = proof.get("elements") or 0, proof.get("differing") or 0
+    counted = f"{format_number(differing)} of {format_number(elements)} elements differ"
+    if differing:
+        lead, tone, value = f"not bit-exact: {counted} in onnxruntime", _BAD, "no"
+    elif not proof.get("passed"):
+        lead, tone, value = "verification failed", _BAD, "yes" if elements else "not checked"
+    elif not elements:
+        lead, tone = f"ran on {images}, but no tensor holds integers to compare", _WARN
+        value = "not checked"
+    else:
+        lead, tone, value = f"proved bit-exact on {images} in onnxruntime", _GOOD, "yes"
+    fact = Fact(
+        label="Bit-exact",
+        value=value,
+        detail=f"{images}, {counted}" if elements else images,
+        tone=tone,
+    )
+    clause, kernel_fact = _kernels(proof.get("kernels") or {})
+    return (
+        lead,
+        tone,
+        [fact, kernel_fact] if kernel_fact else [fact],
+        [clause] if clause else [],
+    )
+
+
+def _kernels(kernels: Mapping[str, Any]) -> tuple[str, Fact | None]:
+    num_integer = kernels.get("num_integer") or 0
+    num_computing = num_integer + len(kernels.get("float") or [])
+    if not num_computing:
+        return "", None
+    absorbed = kernels.get("num_absorbed")
+    return (
+        f"{num_integer} of {num_computing} compute nodes are integer kernels",
+        Fact(
+            label="Integer kernels",
+            value=f"{num_integer} of {num_computing}",
+            detail=f"{absorbed} more nodes absorbed" if absorbed else "",
+        ),
+    )

@@ -1,0 +1,389 @@
+"""The product, in the order of the paper: load, generate, quantize, write, verify, report."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from graph_tools.errors import SettingsError, ZsqError
+from graph_tools.model import Model, load, save
+from graph_tools.prepare import prepare_for_quantization
+from graph_tools.qdq import write_qdq
+from pipeline.evaluate.classification import Accuracy, evaluate_classification
+from pipeline.evaluate.datasets import open_dataset
+from pipeline.evaluate.sessions import open_session
+from pipeline.generate import Generated, generate
+from pipeline.generate.input_range import guess_preprocessing
+from pipeline.images import ImageSet, ImageWriter, open_images
+from pipeline.preprocessing import Preprocessing
+from pipeline.quantize import quantize
+from pipeline.record import Record, metadata, recorded_preprocessing, write_run_json
+from pipeline.report import write_report
+from pipeline.settings import (
+    GenerateSettings,
+    InputSettings,
+    QuantizeSettings,
+    VerifySettings,
+)
+from pipeline.verify import verify
+from pipeline.verify.proof import Proof
+
+__all__ = [
+    "OnProgress",
+    "QuantizeJob",
+    "Result",
+    "copy_dataset",
+    "default_output",
+    "evaluate_files",
+    "given_preprocessing",
+    "quantize_file",
+    "verify_file",
+]
+
+logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[str, int, int, Mapping[str, float]], None]
+"""(stage, done, total, terms)"""
+
+_GRID = 64  # images shown in the report
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeJob:
+    """One run of ``zsq quantize``.
+
+    Attributes:
+        model: the exported network; ``output`` the file to write.
+        images: calibrate with these images instead of generating any.
+        data: calibrate with this folder or archive of real images instead.
+        evaluate_data: labelled images; the report then has the accuracy before and after.
+    """
+
+    model: Path
+    output: Path
+    input: InputSettings
+    generation: GenerateSettings
+    quantization: QuantizeSettings
+    verification: VerifySettings
+    images: Path | None = None
+    data: Path | None = None
+    evaluate_data: Path | None = None
+    threads: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run left behind.
+
+    Attributes:
+        output: the quantized file; ``folder`` holds images, plan and report beside it.
+        report: the report as plain data.
+        proof: of the written file.
+    """
+
+    output: Path
+    folder: Path
+    report: dict[str, Any]
+    proof: Proof
+
+
+def default_output(model: Path, settings: QuantizeSettings) -> Path:
+    """``model.w8a8.onnx`` beside ``model.onnx``."""
+    return model.with_name(f"{model.stem}.w{settings.weights}a{settings.activations}.onnx")
+
+
+def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) -> Result:
+    """Quantize an exported network without data, prove the result and report on it.
+
+    Args:
+        job: what to do.
+        on_progress: called as (stage, done, total, terms).
+
+    Returns:
+        Where the results are. The proof may have failed; the file is written all the same.
+
+    Raises:
+        ZsqError: bad input; nothing is written then.
+    """
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    progress = on_progress or (lambda stage, done, total, terms: None)
+    clock = _Clock()
+    with _output_folder(job.output) as work:
+        with clock("load"):
+            model = load(job.model, input_shape=job.input.shape(), layout=_layout(job.input))
+        with clock("generate"):
+            images, preprocessing, generated = _calibration_images(job, model, work, progress)
+        with clock("quantize"):
+            network = prepare_for_quantization(model)
+            quantization = quantize(
+                network,
+                images,
+                job.quantization,
+                on_step=lambda done, total, terms: progress("quantize", done, total, terms),
+            )
+        with clock("write"):
+            written = work / job.output.name
+            properties = metadata(model, job, preprocessing, generated)
+            save(write_qdq(network, quantization.plan, metadata=properties), written)
+            quantization.plan.save(work / "plan.json")
+        with clock("verify"):
+            proof = verify(
+                written,
+                images,
+                job.verification,
+                on_step=lambda done, total, terms: progress("verify", done, total, terms),
+            )
+        with clock("evaluate"):
+            accuracies = _accuracies(job, model, written, preprocessing, progress)
+        with clock("compare"):
+            record = Record(
+                job=job,
+                model=model,
+                network=network,
+                written=written,
+                images=images,
+                preprocessing=preprocessing,
+                generated=generated,
+                quantization=quantization,
+                proof=proof,
+                accuracies=accuracies,
+            )
+            report = record.to_dict(clock.seconds)
+        pictures = preprocessing.invert(images.load(_GRID), model.input.layout)
+        write_report(work, report, pictures)
+        write_run_json(work / "run.json", report)
+        folder = _publish(work, written, job.output)
+    return Result(output=job.output, folder=folder, report=report, proof=proof)
+
+
+def given_preprocessing(settings: InputSettings) -> Preprocessing | None:
+    """The normalization that the user gave, or None."""
+    mean, std = settings.numbers("mean"), settings.numbers("std")
+    if not mean:
+        return None
+    return Preprocessing(mean=mean, std=std, channels=settings.channels)
+
+
+def copy_dataset(
+    data: Path,
+    model: Model,
+    preprocessing: Preprocessing,
+    path: Path,
+    *,
+    count: int,
+    seed: int,
+) -> ImageSet:
+    """Write ``count`` images of a folder or archive, drawn at random, as calibration images."""
+    dataset = open_dataset(data)
+    count = min(count, dataset.count)
+    with ImageWriter(path, count=count, shape=model.input.shape) as writer:
+        for images, _ in dataset.batches(
+            model.input, preprocessing, 64, limit=count, seed=seed
+        ):
+            writer.append(images)
+    return open_images(path, shape=model.input.shape)
+
+
+def verify_file(
+    path: Path,
+    images: Path | None,
+    settings: VerifySettings,
+    *,
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
+) -> Proof:
+    """Prove a quantized file.
+
+    Args:
+        path: the file.
+        images: images to run; by default those beside the file, else Gaussian noise.
+        settings: how many images, threads.
+        seed: of the noise.
+        on_progress: called as (stage, done, total, terms).
+
+    Raises:
+        ZsqError: the file or the images cannot be used.
+    """
+    progress = on_progress or (lambda stage, done, total, terms: None)
+    session = open_session(path)
+    shape, count = session.input.shape, settings.max_images
+    beside = path.with_suffix("") / "images.npz"
+    with tempfile.TemporaryDirectory() as folder:
+        if images is None and not beside.is_file():
+            noise = Path(folder) / "noise.npz"
+            generator = np.random.default_rng(seed)
+            with ImageWriter(noise, count=count, shape=shape) as writer:
+                for _ in range(count):
+                    writer.append(generator.standard_normal((1, *shape), dtype=np.float32))
+            chosen = open_images(noise, shape=shape)
+        else:
+            chosen = open_images(images or beside, shape=shape)
+        return verify(
+            path,
+            chosen,
+            settings,
+            on_step=lambda done, total, terms: progress("verify", done, total, terms),
+        )
+
+
+def evaluate_files(
+    models: Sequence[Path],
+    data: Path,
+    settings: InputSettings,
+    *,
+    threads: int = 0,
+    limit: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> tuple[tuple[Accuracy, ...], Preprocessing]:
+    """Accuracy of models on labelled images.
+
+    Args:
+        models: float or quantized files.
+        data: folder, zip or npz.
+        settings: the normalization; if it is not given, that in a quantized file's metadata is
+            taken, else it is guessed from the first model.
+        threads: onnxruntime threads.
+        limit: use only this many images, drawn at random.
+        on_progress: called as (stage, done, total, terms).
+
+    Returns:
+        One accuracy a model, and the normalization used.
+    """
+    progress = on_progress or (lambda stage, done, total, terms: None)
+    dataset = open_dataset(data)
+    preprocessing = given_preprocessing(settings)
+    model_input = None
+    if preprocessing is None:
+        preprocessing = next(filter(None, map(recorded_preprocessing, models)), None)
+    if preprocessing is None or settings.input_shape or settings.layout != "auto":
+        model = load(models[0], input_shape=settings.shape(), layout=_layout(settings))
+        model_input = model.input
+        preprocessing = preprocessing or guess_preprocessing(model, channels=settings.channels)
+    accuracies = evaluate_classification(
+        models,
+        dataset,
+        preprocessing,
+        threads=threads,
+        limit=limit,
+        model_input=model_input,
+        on_step=lambda done, total, terms: progress("evaluate", done, total, terms),
+    )
+    return accuracies, preprocessing
+
+
+def _layout(settings: InputSettings) -> Any:
+    return None if settings.layout == "auto" else settings.layout
+
+
+def _calibration_images(
+    job: QuantizeJob, model: Model, work: Path, progress: OnProgress
+) -> tuple[ImageSet, Preprocessing, Generated | None]:
+    given = given_preprocessing(job.input)
+    path = work / "images.npz"
+    if job.images is not None and job.data is not None:
+        raise SettingsError("--images and --data exclude each other", hint="give one of them")
+    if job.images is None and job.data is None:
+        generated = generate(
+            model,
+            job.generation,
+            path,
+            preprocessing=given,
+            on_step=lambda done, total, terms: progress("generate", done, total, terms),
+        )
+        return generated.images, generated.preprocessing, generated
+    preprocessing = given or guess_preprocessing(
+        model, channels=job.input.channels, seed=job.generation.seed
+    )
+    if job.data is not None:
+        images = copy_dataset(
+            job.data,
+            model,
+            preprocessing,
+            path,
+            count=job.generation.num_images,
+            seed=job.generation.seed,
+        )
+        return images, preprocessing, None
+    assert job.images is not None
+    images = open_images(job.images, shape=model.input.shape)
+    shutil.copyfile(job.images, work / f"images{job.images.suffix}")
+    return images, preprocessing, None
+
+
+def _accuracies(
+    job: QuantizeJob,
+    model: Model,
+    written: Path,
+    preprocessing: Preprocessing,
+    progress: OnProgress,
+) -> tuple[Accuracy, ...]:
+    if job.evaluate_data is None:
+        return ()
+    return evaluate_classification(
+        [job.model, written],
+        open_dataset(job.evaluate_data),
+        preprocessing,
+        threads=job.threads,
+        model_input=model.input,
+        on_step=lambda done, total, terms: progress("evaluate", done, total, terms),
+    )
+
+
+class _Clock:
+    """Seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
+        logger.info("%s: %.1f s", stage, self.seconds[stage])
+
+
+@contextmanager
+def _output_folder(output: Path) -> Iterator[Path]:
+    """A hidden folder beside ``output``, removed at the end whatever happens."""
+    if output.suffix != ".onnx":
+        raise SettingsError("the output is not named *.onnx", where=str(output))
+    try:
+        work = Path(tempfile.mkdtemp(prefix=f".{output.stem}.", dir=output.parent))
+    except OSError as error:
+        raise ZsqError(
+            f"cannot write there: {error.strerror or error}",
+            where=str(output),
+            hint="choose another place with -o",
+        ) from error
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _publish(work: Path, written: Path, output: Path) -> Path:
+    """Move the results to their names: first the folder, last the model."""
+    folder = output.with_suffix("")
+    try:
+        folder.mkdir(exist_ok=True)
+        for item in sorted(work.iterdir()):
+            if item != written:
+                item.replace(folder / item.name)
+        written.replace(output)
+    except OSError as error:
+        raise ZsqError(
+            f"cannot write the results: {error.strerror or error}", where=str(folder)
+        ) from error
+    return folder

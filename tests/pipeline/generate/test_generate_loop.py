@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from graph_tools.batchnorm import find_batch_norms
+from graph_tools.model import Model
+from pipeline.generate.dgh import DghObjective
+from pipeline.generate.loop import OptimizeSettings, _Step, measure_batch, optimize
+from pipeline.generate.network import Network
+from pipeline.generate.prior import ImagePrior, blur_kernel
+from pipeline.generate.statistics import SiteTargets
+from pipeline.generate.store import Batch, open_store
+from pipeline.preprocessing import Preprocessing
+
+CPU = torch.device("cpu")
+HEADS = ("g",)
+
+
+class Setup:
+    def __init__(self, model: Model) -> None:
+        self.targets = SiteTargets(find_batch_norms(model), CPU)
+        preprocessing = Preprocessing(mean=(0.5,), std=(0.5,))
+        self.network = Network(model, [*self.targets.tensors, *HEADS], preprocessing, CPU)
+        self.objective = DghObjective(targets=self.targets, heads=HEADS, output_hinge=0.1)
+        bound = torch.full((1, 3, 1, 1), 2.0)
+        self.prior = ImagePrior(
+            height=12, width=10, padding=4, kernel=blur_kernel(0.8), low=-bound, high=bound
+        )
+
+    def batch(self, size: int, seed: int) -> Batch:
+        canvas = self.prior.start(size, torch.Generator().manual_seed(seed)) * 1.5
+        zeros = torch.zeros_like(canvas)
+        sums = self.targets.zero()
+        return Batch(canvas.requires_grad_(), zeros, zeros.clone(), sums)
+
+    def full_loss(self, images: torch.Tensor, mine: slice, weight: float) -> torch.Tensor:
+        """The loss by plain torch, over all images in one pass."""
+        values = self.network.observe(images)
+        errors = []
+        for site in self.targets.sites:
+            variance, mean = torch.var_mean(
+                values[site.tensor].double(), (0, 2, 3), correction=0
+            )
+            std = (variance + 1e-6).sqrt() - (torch.from_numpy(site.variance) + 1e-6).sqrt()
+            error = (mean - torch.from_numpy(site.mean)).square() + 10 * std.square()
+            errors.append(error.mean() / (float(site.variance.mean()) + 1e-6) ** 0.5)
+        own = {name: value[mine] for name, value in values.items()}
+        return torch.stack(errors).mean() + weight * self.objective.output(own)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 3])
+@pytest.mark.parametrize("others", [0, 6])
+def test_gradient_of_a_step_is_that_of_the_loss_over_all_images(
+    small: Model, chunk: int | None, others: int
+) -> None:
+    setup = Setup(replace(small, fixed_batch=chunk))
+    reference = Setup(small)
+    batch, rest = setup.batch(5, seed=1), setup.batch(max(others, 1), seed=2)
+    view = setup.prior.draw(torch.Generator().manual_seed(4))
+    rest_images = setup.prior.render(rest.canvas.detach(), view)[:others]
+    known = setup.targets.zero()
+    if others:
+        known = measure_batch(rest_images, setup.network, setup.targets)
+    step = _Step(batch, view, known, setup.network, setup.prior, setup.objective)
+    own, terms = step.backward(0.01)
+
+    canvas = batch.canvas.detach().clone().requires_grad_()
+    images = torch.cat([setup.prior.render(canvas, view), rest_images])
+    loss = reference.full_loss(images, slice(0, 5), 0.01)
+    loss.backward()
+    assert canvas.grad is not None
+    assert batch.canvas.grad is not None
+    assert terms["total"] == pytest.approx(loss.item(), rel=1e-5)
+    scale = canvas.grad.abs().max().item()
+    torch.testing.assert_close(batch.canvas.grad, canvas.grad, rtol=1e-4, atol=1e-5 * scale)
+    mean, variance = (known + own).moments()
+    whole = measure_batch(images.detach(), reference.network, setup.targets).moments()
+    torch.testing.assert_close(mean, whole[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(variance, whole[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_gradient_ratio_is_the_quotient_of_the_norms(small: Model, chunk: int | None) -> None:
+    setup = Setup(replace(small, fixed_batch=chunk))
+    batch = setup.batch(4, seed=1)
+    view = setup.prior.center()
+    zero = setup.targets.zero()
+    step = _Step(batch, view, zero, setup.network, setup.prior, setup.objective)
+    ratio = step.gradient_ratio()
+    norms = []
+    for weight in (0.0, 1.0):
+        step = _Step(batch, view, zero, setup.network, setup.prior, setup.objective)
+        step.backward(weight)
+        assert batch.canvas.grad is not None
+        norms.append(batch.canvas.grad.clone())
+    expected = norms[0].norm() / (norms[1] - norms[0]).norm()
+    assert ratio == pytest.approx(expected.item(), rel=1e-3)
+
+
+def run(
+    model: Model, folder: Path, sizes: tuple[int, ...], iterations: int
+) -> list[torch.Tensor]:
+    setup = Setup(model)
+    how = OptimizeSettings(
+        iterations=iterations, learning_rate=4.0, output_weight=None, output_ratio=0.2
+    )
+    with open_store(
+        folder / "x",
+        sizes=sizes,
+        canvas_shape=setup.prior.canvas_shape,
+        num_statistics=len(setup.targets.center),
+        device=CPU,
+    ) as store:
+        generator = torch.Generator().manual_seed(0)
+        optimize(store, setup.network, setup.prior, setup.objective, how, generator)
+        return [store.get(index).canvas.detach().clone() for index in range(len(sizes))]
+
+
+def test_radam_state_travels_with_the_batch(small: Model, tmp_path: Path) -> None:
+    """With one batch the loop must do what torch's RAdam does on a tensor that stays."""
+    setup = Setup(small)
+    generator = torch.Generator().manual_seed(0)
+    canvas = setup.prior.start(6, generator).requires_grad_()
+    optimizer = torch.optim.RAdam([canvas], lr=4.0)
+    weight = None
+    for iteration in range(12):
+        torch.randperm(1, generator=generator)
+        view = setup.prior.draw(generator)
+        zeros = torch.zeros_like(canvas)
+        batch = Batch(canvas, zeros, zeros, setup.targets.zero())
+        zero = setup.targets.zero()
+        step = _Step(batch, view, zero, setup.network, setup.prior, setup.objective)
+        if iteration % 10 == 0:
+            new = 0.2 * step.gradient_ratio()
+            weight = new if weight is None else (weight + new) / 2
+        assert weight is not None
+        step.backward(weight)
+        optimizer.step()
+    found = run(small, tmp_path, (6,), 12)[0]
+    torch.testing.assert_close(found, canvas.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_every_batch_is_optimized(small: Model, tmp_path: Path) -> None:
+    start, end = run(small, tmp_path, (4, 4, 3), 0), run(small, tmp_path, (4, 4, 3), 8)
+    assert [len(canvas) for canvas in end] == [4, 4, 3]
+    for before, after in zip(start, end, strict=True):
+        assert ((before - after).abs() > 1e-3).float().mean() > 0.9

@@ -1,0 +1,166 @@
+"""One test a row of the placement table."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from graph_tools.prepare import prepare_for_quantization
+from graph_tools.torch_graph import TorchGraph
+from pipeline.quantize.placement import place
+
+W = np.ones((3, 3, 3, 3), np.float32)
+FC = np.ones((5, 192), np.float32)
+
+
+@pytest.fixture
+def placed(make_model):
+    def run(body: str, outputs: str = "float[N,3,8,8] y", **arrays):
+        model = make_model(f"g (float[N,3,8,8] x) => ({outputs}) {{ {body} }}", **arrays)
+        model = prepare_for_quantization(model)
+        return place(model, TorchGraph(model.proto).steps)
+
+    return run
+
+
+CONV = "Conv<pads=[1,1,1,1]>"
+
+
+def test_input_and_outputs_always_have_one(placed):
+    placement = placed(f"y = {CONV}(x, w)", w=W)
+    assert placement.roots == ("x", "y")
+    assert not placement.float_nodes
+
+
+def test_relu_behind_a_convolution_vanishes_into_its_quantizer(placed):
+    placement = placed(f"c = {CONV}(x, w) r = Relu(c) y = {CONV}(r, v)", w=W, v=W)
+    assert placement.roots == ("x", "r", "y")
+    assert list(placement.activations.values()) == [("c", "r")]
+    assert "r" in placement.nonnegative
+    assert "y" not in placement.nonnegative
+
+
+def test_relu_behind_an_add_vanishes_too(placed):
+    placement = placed(f"c = {CONV}(x, w) a = Add(c, x) y = Relu(a)", w=W)
+    assert placement.roots == ("x", "c", "y")
+
+
+def test_both_inputs_of_an_add_have_one(placed):
+    placement = placed(
+        f"a = {CONV}(x, w) b = {CONV}(x, v) s = Add(a, b) y = {CONV}(s, u)", w=W, v=W, u=W
+    )
+    assert placement.roots == ("x", "a", "b", "s", "y")
+
+
+def test_a_convolution_that_others_read_keeps_one_before_its_relu(placed):
+    placement = placed(f"c = {CONV}(x, w) r = Relu(c) y = Add(r, c)", w=W)
+    assert placement.roots == ("x", "c", "r", "y")
+    assert not placement.activations
+
+
+def test_other_activations_have_one_on_either_side(placed):
+    placement = placed(f"c = {CONV}(x, w) s = HardSwish(c) y = {CONV}(s, v)", w=W, v=W)
+    assert placement.roots == ("x", "c", "s", "y")
+
+
+def test_sigmoid_is_never_negative_and_at_most_one(placed):
+    placement = placed(f"c = {CONV}(x, w) s = Sigmoid(c) y = Mul(c, s)", w=W)
+    assert "s" in placement.nonnegative & placement.unit_range
+    assert "y" not in placement.nonnegative
+
+
+@pytest.mark.parametrize(
+    ("body", "arrays"),
+    [
+        ("m = MaxPool<kernel_shape=[3,3], pads=[1,1,1,1]>(r)", {}),
+        ("m = Transpose<perm=[0,1,3,2]>(r)", {}),
+        ("m = Reshape(r, s)", {"s": np.array([-1, 3, 8, 8])}),
+        ("m = Pad(r, s)", {"s": np.zeros(8, np.int64)}),
+        ("m = Gather<axis=1>(r, s)", {"s": np.array([2, 0, 1])}),
+        (
+            "q = Slice(r, b, e, a) m = Resize(q, , , s)",
+            {
+                "b": np.array([0]),
+                "e": np.array([4]),
+                "a": np.array([3]),
+                "s": np.array([0, 3, 8, 8]),
+            },
+        ),
+    ],
+)
+def test_data_movement_shares(placed, body, arrays):
+    if "Resize" in body:
+        body, arrays = (
+            'm = Resize<mode="nearest">(r, , s)',
+            {"s": np.array([1, 1, 1, 1], np.float32)},
+        )
+    placement = placed(
+        f"c = {CONV}(x, w) r = Relu(c) {body} y = {CONV}(m, v)", w=W, v=W, **arrays
+    )
+    if "m" in placement.shares:
+        assert placement.shares["m"] == "r"
+        assert "m" in placement.nonnegative
+    assert placement.roots == ("x", "r", "y")
+
+
+def test_padding_with_another_value_has_its_own(placed):
+    placement = placed(
+        f"c = {CONV}(x, w) r = Relu(c) m = Pad(r, s, one) y = {CONV}(m, v)",
+        outputs="float[N,3,h,w] y",
+        w=W,
+        v=W,
+        s=np.array([0, 0, 1, 1, 0, 0, 1, 1]),
+        one=np.float32(1),
+    )
+    assert "m" in placement.roots
+
+
+def test_concat_shares_only_what_agrees(placed):
+    body = (
+        f"c = {CONV}(x, w) r = Relu(c) d = {CONV}(r, v)"
+        " a = Concat<axis=1>(r, d) b = Concat<axis=1>(r, r) y = Concat<axis=1>(a, b)"
+    )
+    placement = placed(body, outputs="float[N,12,8,8] y", w=W, v=W)
+    assert placement.shares == {"b": "r"}
+    assert {"a", "d", "y"} <= set(placement.roots)
+
+
+def test_decoding_behind_the_last_weights_stays_in_float(placed):
+    body = (
+        f"c = {CONV}(x, w) f = Flatten(c) m = Mul(f, k) e = Exp(m) y = Add(e, k)"
+        " z = Softmax<axis=1>(f)"
+    )
+    placement = placed(body, outputs="float[N,192] y, float[N,192] z", w=W, k=np.float32(0.1))
+    assert [f.op_type for f in placement.float_nodes] == ["Mul", "Exp", "Add"]
+    assert all(f.reason for f in placement.float_nodes)
+    assert placement.roots == ("x", "c", "z")
+    assert not placement.operands
+
+
+def test_the_same_arithmetic_before_weights_is_quantized(placed):
+    placement = placed(
+        f"s = Sigmoid(x) m = Mul(s, k) y = {CONV}(m, w)", w=W, k=np.float32(0.1)
+    )
+    assert not placement.float_nodes
+    assert list(placement.operands) == ["k"]
+
+
+def test_integers_and_shapes_have_none(placed):
+    placement = placed(
+        f"c = {CONV}(x, w) y = Relu(c) f = Flatten(c) i = ArgMax<axis=1>(f)",
+        outputs="float[N,3,8,8] y, int64[N,1] i",
+        w=W,
+    )
+    assert "i" not in {*placement.roots, *placement.shares}
+
+
+def test_gemm_weights_are_per_output(placed):
+    placement = placed(
+        "f = Flatten(x) y = Gemm<transB=1>(f, w, b)",
+        outputs="float[N,5] y",
+        w=FC,
+        b=np.zeros(5, np.float32),
+    )
+    (site,) = placement.weighted.values()
+    assert (site.axis, site.channel_axis, site.input) == (0, 1, "f")
+    assert placement.shares == {"f": "x"}

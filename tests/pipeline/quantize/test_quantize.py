@@ -1,0 +1,168 @@
+"""Quantizers, integers and corrections on small networks, against exact references."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from graph_tools.compare import compare_tensors
+from graph_tools.errors import DataError, ModelError
+from graph_tools.prepare import prepare_for_quantization
+from graph_tools.qdq import write_qdq
+from graph_tools.torch_graph import TorchGraph
+from pipeline.images import ImageWriter, open_images
+from pipeline.quantize import quantize
+from pipeline.quantize.observe import observe
+from pipeline.quantize.simulate import fake_quantize
+from pipeline.settings import QuantizeSettings
+
+RNG = np.random.default_rng(0)
+SMALL = (
+    "g (float[N,3,8,8] x) => (float[N,5] y) {"
+    " c = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(c) d = Conv<group=4, pads=[1,1,1,1]>(r, dw)"
+    " s = Clip(d, zero, six) a = Add(s, r) p = GlobalAveragePool(a) f = Flatten(p)"
+    " y = Gemm<transB=1>(f, fc, fb) }"
+)
+ARRAYS = {
+    "w": RNG.normal(size=(4, 3, 3, 3)).astype(np.float32),
+    "b": RNG.normal(size=4).astype(np.float32),
+    "dw": RNG.normal(size=(4, 1, 3, 3)).astype(np.float32),
+    "fc": RNG.normal(size=(5, 4)).astype(np.float32),
+    "fb": RNG.normal(size=5).astype(np.float32),
+    "zero": np.float32(0),
+    "six": np.float32(6),
+}
+
+
+@pytest.fixture
+def small(make_model):
+    return prepare_for_quantization(make_model(SMALL, **ARRAYS))
+
+
+@pytest.fixture
+def images(tmp_path):
+    values = RNG.normal(size=(48, 3, 8, 8)).astype(np.float32)
+    with ImageWriter(tmp_path / "images.npz", count=48, shape=(3, 8, 8)) as writer:
+        writer.append(values)
+    return open_images(tmp_path / "images.npz")
+
+
+def sqnr(model, plan, images):
+    compared = compare_tensors(
+        model.proto, write_qdq(model, plan), {"y": "y"}, images.batches(16)
+    )
+    return compared["y"].sqnr_db
+
+
+def test_written_file_equals_the_torch_simulation(small, images, run_onnx):
+    plan = quantize(small, images, QuantizeSettings()).plan
+    graph = TorchGraph(small.proto)
+    values = {"x": fake_quantize(torch.from_numpy(images.load()), plan.tensors["x"])}
+    for step in graph.steps:
+        inputs = {name: values[name] for name in step.inputs if name in values}
+        inputs |= {
+            name: torch.from_numpy(plan.constants[name].values)
+            for name in step.inputs
+            if name in plan.constants
+        }
+        for name, value in zip(step.outputs, graph.run_step(step, inputs), strict=True):
+            quantizer = plan.tensors.get(name)
+            values[name] = value if quantizer is None else fake_quantize(value, quantizer)
+    (found,) = run_onnx(write_qdq(small, plan), images.load())
+    assert np.array_equal(found, values["y"].numpy())  # scales are powers of two: exact
+
+
+@pytest.mark.parametrize("metric", ["mse", "mae", "kl", "no-clipping"])
+def test_every_threshold_metric_gives_a_faithful_network(small, images, metric):
+    plan = quantize(small, images, QuantizeSettings(threshold=metric)).plan
+    assert sqnr(small, plan, images) > 20
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "least"), [(8, 16, 25), (8, 8, 22), (4, 8, 8), (8, 4, 3)]
+)
+def test_more_bits_are_more_faithful(small, images, weights, activations, least):
+    settings = QuantizeSettings(weights=weights, activations=activations)
+    plan = quantize(small, images, settings).plan
+    assert sqnr(small, plan, images) > least
+
+
+def test_bias_correction_removes_the_mean_error(small, images, run_onnx):
+    exact = run_onnx(small.proto, images.load())[0].mean(axis=0)
+    errors = {}
+    for correct in (False, True):
+        settings = QuantizeSettings(weights=3, bias_correction=correct)
+        plan = quantize(small, images, settings).plan
+        found = run_onnx(write_qdq(small, plan), images.load())[0].mean(axis=0)
+        errors[correct] = np.abs(found - exact).max()
+        step = float(plan.tensors["y"].scale)
+    assert errors[True] < step  # rounding of the last quantizer is all that is left
+    assert errors[False] > 2 * errors[True]
+
+
+def test_clip_that_cannot_vanish_has_the_same_quantizer_before_and_after(small, images):
+    plan = quantize(small, images, QuantizeSettings()).plan
+    clip = next(n for n in small.proto.graph.node if n.op_type == "Clip")
+    assert clip.name not in plan.absorbed
+    assert plan.tensors[clip.input[0]] == plan.tensors[clip.output[0]]
+
+
+def test_a_dead_channel_with_a_bias_fits_the_accumulator(make_model, images):
+    arrays = {**ARRAYS, "w": ARRAYS["w"].copy(), "b": np.full(4, 3.0, np.float32)}
+    arrays["w"][1] *= 1e-12
+    model = prepare_for_quantization(make_model(SMALL, **arrays))
+    plan = quantize(model, images, QuantizeSettings()).plan
+    for constant in plan.constants.values():
+        assert np.abs(constant.integers.astype(np.int64)).max() < 2**24
+    assert sqnr(model, plan, images) > 20
+
+
+def test_signed_tensors_with_several_readers_are_stored_around_the_middle(
+    make_model, images, run_onnx
+):
+    model = prepare_for_quantization(
+        make_model(
+            "g (float[N,3,8,8] x) => (float[N,3,8,8] y) {"
+            " c = Conv<pads=[1,1,1,1]>(x, w) d = Conv<pads=[1,1,1,1]>(c, v) y = Add(c, d) }",
+            w=RNG.normal(size=(3, 3, 3, 3)).astype(np.float32),
+            v=RNG.normal(size=(3, 3, 3, 3)).astype(np.float32),
+        )
+    )
+    auto = quantize(model, images, QuantizeSettings()).plan
+    zero = quantize(model, images, QuantizeSettings(zero_point="zero")).plan
+    assert auto.midpoint == {"c"}
+    assert not zero.midpoint
+    first = run_onnx(write_qdq(model, auto), images.load())[0]
+    assert np.array_equal(first, run_onnx(write_qdq(model, zero), images.load())[0])
+
+
+def test_histograms_do_not_depend_on_the_batch_size(small, images):
+    graph = TorchGraph(small.proto)
+
+    def histograms(size):
+        return observe(
+            graph, ["x", "y", "r"], lambda: map(torch.from_numpy, images.batches(size))
+        )
+
+    whole, single = histograms(48), histograms(1)
+    for name in whole:
+        assert (whole[name].low, whole[name].high) == pytest.approx(
+            (single[name].low, single[name].high), rel=1e-5
+        )
+        # convolutions of one and of many images may round differently at bin edges
+        moved = np.abs(whole[name].counts - single[name].counts).sum()
+        assert moved <= 0.002 * whole[name].counts.sum()
+
+
+def test_values_that_are_not_finite_are_refused(make_model, images):
+    model = make_model("g (float[N,3,8,8] x) => (float[N,3,8,8] y) { y = Log(x) }")
+    graph = TorchGraph(model.proto)
+    with pytest.raises(DataError, match="tensor y"):
+        observe(graph, ["y"], lambda: map(torch.from_numpy, images.batches(8)))
+
+
+def test_nothing_to_quantize_is_an_error(make_model, images):
+    model = make_model("g (float[N,3,8,8] x) => (float[N,3,8,8] y) { y = Relu(x) }")
+    with pytest.raises(ModelError, match="nothing to quantize"):
+        quantize(model, images, QuantizeSettings())

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.quantize.thresholds import (
+    FLOOR,
+    activation_exponent,
+    ceil_log2,
+    weight_exponents,
+)
+
+
+def brute_force(values, bits, signed, power=2):
+    """The exponent with the least error of all, the larger on ties."""
+    best, best_error = None, np.inf
+    for exponent in range(24, -40, -1):
+        low = -(2 ** (bits - 1)) if signed else 0
+        high = 2 ** (bits - signed) - 1
+        quantized = np.clip(np.rint(values / 2.0**exponent), low, high) * 2.0**exponent
+        error = (np.abs(quantized - values) ** power).sum()
+        if error < best_error:
+            best, best_error = exponent, error
+    return best
+
+
+@pytest.mark.parametrize(("value", "expected"), [(1, 0), (1.01, 1), (0.5, -1), (8, 3), (6, 3)])
+def test_ceil_log2(value, expected):
+    assert ceil_log2(value) == expected
+
+
+@given(st.integers(0, 2**31), st.sampled_from([2, 4, 8]), st.booleans(), st.floats(1e-3, 1e3))
+def test_activation_search_finds_the_brute_force_minimum(seed, bits, signed, spread):
+    values = np.random.default_rng(seed).standard_t(3, 300) * spread
+    values = values if signed else np.abs(values)
+    unique, counts = np.unique(values, return_counts=True)
+    found = activation_exponent(unique, counts, bits=bits, signed=signed)
+    assert found == brute_force(values, bits, signed)
+
+
+@given(st.integers(0, 2**31), st.sampled_from([2, 3, 4, 8]), st.sampled_from(["mse", "mae"]))
+def test_weight_search_finds_the_brute_force_minimum_of_each_channel(seed, bits, metric):
+    weight = np.random.default_rng(seed).normal(size=(4, 3, 3, 3)) * np.array(
+        [1.0, 0.01, 30.0, 0.3]
+    ).reshape(4, 1, 1, 1)
+    found = weight_exponents(weight, axis=0, bits=bits, metric=metric)
+    power = 2 if metric == "mse" else 1
+    assert found == tuple(brute_force(row, bits, True, power) for row in weight)
+
+
+def test_no_clipping_takes_the_smallest_scale_that_clips_nothing():
+    counts = np.ones(2)
+    for high, expected in ((1.0, -7), (127 / 128, -7), (0.99, -7), (255 / 256, -8)):
+        exponent = activation_exponent(
+            np.array([0.0, high]), counts, bits=8, signed=False, metric="no-clipping"
+        )
+        assert 2.0**exponent * 255 >= high
+        assert 2.0 ** (exponent - 1) * 255 < high
+        assert exponent == expected or high in (127 / 128, 0.99)
+
+
+def test_a_far_outlier_is_clipped_by_mse_and_kept_without_clipping():
+    values = np.append(np.random.default_rng(0).normal(size=100_000), 40.0)
+    unique, counts = np.unique(values, return_counts=True)
+    by_mse = activation_exponent(unique, counts, bits=4, signed=True)
+    kept = activation_exponent(unique, counts, bits=4, signed=True, metric="no-clipping")
+    assert by_mse < kept
+
+
+def test_kl_clips_a_far_outlier_and_keeps_a_uniform_tensor():
+    normal = np.append(np.random.default_rng(0).normal(size=100_000), 40.0)
+    uniform = np.random.default_rng(0).uniform(-1, 1, 100_000)
+    for values, expected in ((normal, -1), (uniform, -2)):
+        counts, edges = np.histogram(values, 4096)
+        centers = (edges[1:] + edges[:-1]) / 2
+        found = activation_exponent(centers, counts, bits=4, signed=True, metric="kl")
+        assert found == expected
+
+
+def test_zero_tensors_have_the_floor():
+    weight = np.zeros((2, 3))
+    assert weight_exponents(weight, axis=0, bits=8) == (ceil_log2(FLOOR) - 6,) * 2
+    assert activation_exponent(np.zeros(1), np.zeros(1), bits=8, signed=False) == -24
+
+
+def test_single_negative_tensor_needs_a_signed_quantizer_of_its_magnitude():
+    found = activation_exponent(np.array([-1.0]), np.ones(1), bits=8, signed=True)
+    assert -(2**7) * 2.0**found <= -1.0

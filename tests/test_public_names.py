@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for package in ("graph_tools", "pipeline")
+    for path in sorted((ROOT / package).rglob("*.py"))
+]
+SURFACE = {  # what users import; a change here is a change of the public interface
+    "graph_tools.batchnorm": {
+        "AffineLeftover",
+        "BatchNormSite",
+        "expose_inputs",
+        "find_affine_leftovers",
+        "find_batch_norms",
+        "fold_batch_norms",
+    },
+    "graph_tools.model": {
+        "ImageInput",
+        "Layout",
+        "Model",
+        "initializers",
+        "load",
+        "replace_proto",
+        "save",
+    },
+    "graph_tools.prepare": {"prepare_for_quantization"},
+    "graph_tools.qdq": {"dequantized_name", "write_qdq"},
+    "graph_tools.quantizer": {"FloatNode", "Plan", "QuantizedConstant", "TensorQuantizer"},
+    "graph_tools.torch_graph": {"Hook", "OLDEST_OPSET", "Step", "TorchGraph"},
+    "pipeline.images": {"ImageSet", "ImageWriter", "open_images"},
+    "pipeline.quantize": {"Quantization", "quantize"},
+    "pipeline.verify": {"Proof", "Saturation", "TensorProof", "verify"},
+    "pipeline.settings": {
+        "GenerateSettings",
+        "InputSettings",
+        "QuantizeSettings",
+        "VerifySettings",
+    },
+}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("torch_ops")])
+def test_every_public_name_exists(name):
+    module = importlib.import_module(name)
+    is_package = hasattr(module, "__path__")  # some only hold modules
+    for public in getattr(module, "__all__", ()) if is_package else module.__all__:
+        assert hasattr(module, public), public
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_the_interface_is_what_users_know(name):
+    assert set(importlib.import_module(name).__all__) == SURFACE[name]
