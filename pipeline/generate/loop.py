@@ -108,7 +108,7 @@ def optimize(
         total = total + batch.sums
     before = total
 
-    patience = max(5, settings.iterations // 50)
+    patience = max(10, settings.iterations // 50)  # published: 20 of 1000
     plateaus = [Plateau(settings.learning_rate, patience) for _ in store.sizes]
     weight = settings.output_weight if objective.heads else 0.0
     history: list[LossRecord] = []
