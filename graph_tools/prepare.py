@@ -32,7 +32,10 @@ _REWRITES = (  # and how the notes put it; empty: nothing a user needs to know
     (own_weight_and_bias, ""),
     (fold_affine_into_weights, "Add/Sub/Mul/Div folded into the weights before them"),
     (batch_norm_to_convolution, "BatchNormalization written as depthwise convolutions"),
-    (constant_affine_to_convolution, "per-channel arithmetic written as depthwise convolutions"),
+    (
+        constant_affine_to_convolution,
+        "per-channel arithmetic written as depthwise convolutions",
+    ),
     (average_to_global_pool, "means over the whole image written as GlobalAveragePool"),
     (write_attributes_out, ""),
     (rescale_bounds, "ReLU6-like bounds rescaled to powers of two"),

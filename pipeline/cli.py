@@ -73,7 +73,7 @@ class Inspect:
         model = _load(self.model, self.input)
         TorchGraph(model.proto)
         facts = describe_model(model)
-        facts["prepared"] = list(prepare_for_quantization(model).notes)
+        facts["prepared"] = list(prepare_for_quantization(model).notes[len(model.notes) :])
         if not _silent(self.common):
             _print_model(facts)
         return 0, facts
@@ -120,18 +120,23 @@ class Generate:
 
     def run(self) -> tuple[int, dict[str, Any]]:
         """Generate into the file."""
+        import torch
+
         from pipeline.generate import generate
         from pipeline.record import describe_generation
-        from pipeline.run import given_preprocessing
+        from pipeline.run import preprocessing_of
 
         _check_output(self.output, ".npz")
+        if self.common.threads:
+            torch.set_num_threads(self.common.threads)
         model = _load(self.model, self.input)
+        preprocessing = preprocessing_of(model, self.input, seed=self.generation.seed)
         with _progress(self.common) as progress:
             generated = generate(
                 model,
                 self.generation,
                 self.output,
-                preprocessing=given_preprocessing(self.input),
+                preprocessing=preprocessing,
                 on_step=lambda done, total, terms: progress("generate", done, total, terms),
             )
         facts = describe_generation(generated, self.generation, model)

@@ -69,7 +69,7 @@ def metadata(
         "zsq.source_sha256": model.sha256,
         "zsq.images": source,
         "zsq.settings": json.dumps(flat_settings(job), sort_keys=True),
-        "zsq.preprocessing": json.dumps(preprocessing.to_dict(), sort_keys=True),
+        "preprocessing": json.dumps(preprocessing.to_dict(), sort_keys=True),
         "zsq.versions": json.dumps(versions(), sort_keys=True),
     }
 
@@ -78,10 +78,9 @@ def recorded_preprocessing(path: Path) -> Preprocessing | None:
     """The normalization that `metadata` wrote into a quantized file; None without one."""
     try:
         properties = onnx.load(path, load_external_data=False).metadata_props
-        text = next((p.value for p in properties if p.key == "zsq.preprocessing"), "")
-        return Preprocessing.from_dict(json.loads(text)) if text else None
     except (OSError, ValueError, DecodeError):
         return None  # whoever runs the file says what is wrong with it
+    return Preprocessing.from_metadata({entry.key: entry.value for entry in properties})
 
 
 def flat_settings(job: QuantizeJob) -> dict[str, Any]:

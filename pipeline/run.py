@@ -46,6 +46,7 @@ __all__ = [
     "default_output",
     "evaluate_files",
     "given_preprocessing",
+    "preprocessing_of",
     "quantize_file",
     "verify_file",
 ]
@@ -172,7 +173,13 @@ def given_preprocessing(settings: InputSettings) -> Preprocessing | None:
     mean, std = settings.numbers("mean"), settings.numbers("std")
     if not mean:
         return None
-    return Preprocessing(mean=mean, std=std, channels=settings.channels)
+    return Preprocessing(mean=mean, std=std, channels=settings.channels or "rgb")
+
+
+def preprocessing_of(model: Model, settings: InputSettings, *, seed: int = 0) -> Preprocessing:
+    """The normalization given, else the one the file states, else the best guess."""
+    given = given_preprocessing(settings)
+    return given or guess_preprocessing(model, channels=settings.channels, seed=seed)
 
 
 def copy_dataset(
@@ -269,7 +276,7 @@ def evaluate_files(
     if preprocessing is None or settings.input_shape or settings.layout != "auto":
         model = load(models[0], input_shape=settings.shape(), layout=_layout(settings))
         model_input = model.input
-        preprocessing = preprocessing or guess_preprocessing(model, channels=settings.channels)
+        preprocessing = preprocessing or preprocessing_of(model, settings)
     accuracies = evaluate_classification(
         models,
         dataset,
@@ -289,7 +296,7 @@ def _layout(settings: InputSettings) -> Any:
 def _calibration_images(
     job: QuantizeJob, model: Model, work: Path, progress: OnProgress
 ) -> tuple[ImageSet, Preprocessing, Generated | None]:
-    given = given_preprocessing(job.input)
+    preprocessing = preprocessing_of(model, job.input, seed=job.generation.seed)
     path = work / "images.npz"
     if job.images is not None and job.data is not None:
         raise SettingsError("--images and --data exclude each other", hint="give one of them")
@@ -298,13 +305,10 @@ def _calibration_images(
             model,
             job.generation,
             path,
-            preprocessing=given,
+            preprocessing=preprocessing,
             on_step=lambda done, total, terms: progress("generate", done, total, terms),
         )
-        return generated.images, generated.preprocessing, generated
-    preprocessing = given or guess_preprocessing(
-        model, channels=job.input.channels, seed=job.generation.seed
-    )
+        return generated.images, preprocessing, generated
     if job.data is not None:
         images = copy_dataset(
             job.data,

@@ -22,7 +22,7 @@ def _require(condition: bool, field: str, value: object, rule: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateSettings:
-    """How images are made (METHODS section 1)."""
+    """How images are made (DGH, arXiv 2410.22110)."""
 
     method: Literal["dgh", "noise"] = "dgh"
     """dgh: match BatchNormalization statistics; noise: Gaussian noise, needs none."""
@@ -80,7 +80,7 @@ class GenerateSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeSettings:
-    """What is quantized, to how many bits, and how thresholds are chosen (METHODS section 2.1)."""
+    """What is quantized, to how many bits, and how thresholds are chosen (HPTQ)."""
 
     weights: Literal[8, 4, 3, 2] = 8
     """Bits of the weights."""
@@ -124,8 +124,8 @@ class InputSettings:
     as in 0.485,0.456,0.406."""
     std: tuple[str, ...] = ()
     """Standard deviation that it divides by, likewise."""
-    channels: Literal["rgb", "bgr"] = "rgb"
-    """Channel order that the network expects."""
+    channels: Literal["rgb", "bgr"] | None = None
+    """Channel order that the network expects; rgb with --mean, else guessed like the rest."""
 
     def __post_init__(self) -> None:
         _require(

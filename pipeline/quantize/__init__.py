@@ -55,7 +55,7 @@ def quantize(
 ) -> Quantization:
     """Choose all quantizers of ``model`` from ``images``.
 
-    Full scheme (HPTQ, METHODS section 3 ``hptq-pot``): every tensor that crosses an operator,
+    Full scheme (HPTQ, arXiv 2109.09113): every tensor that crosses an operator,
     input and outputs included; weights per output channel; int32 biases.
 
     Args:

@@ -4,7 +4,7 @@ The float and the quantized network run side by side, operator by operator, over
 images. Behind each weighted operator the mean error of each output channel,
 ``E[y_float - y_quantized]``, is added to its bias (Nagel et al. 2019, arXiv 1906.04721, section
 4.2, the empirical form), so later layers see an input whose mean is right. On a depthwise network
-with power-of-two scales this is worth more than ten points (METHODS section 2.1).
+with power-of-two scales this is worth more than ten points.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The power-of-two threshold search.
 
-HPTQ (arXiv 2109.09113) section 3.2 and METHODS section 2.1: candidates are
+HPTQ (arXiv 2109.09113) section 3.2: candidates are
 ``2**ceil(log2 max|x|)`` times 2, 1, 1/2, ..., the one with the smallest error wins, the larger on
 ties. Errors are computed on histograms (activations) or on the values (weights).
 """

@@ -62,7 +62,10 @@ def scale_failures(scales: ScaleCheck) -> Iterator[str]:
     """Say which scales and zero points are wrong."""
     for names, text in (
         (scales.not_power_of_two, "not a power of two, scale"),
-        (scales.asymmetric_zero_points, "zero point is neither 0 nor the middle of its type, node"),
+        (
+            scales.asymmetric_zero_points,
+            "zero point is neither 0 nor the middle of its type, node",
+        ),
         (scales.bias_mismatches, "bias scale is not input times weight, node"),
         (scales.pair_mismatches, "dequantized with another scale than quantized, node"),
     ):

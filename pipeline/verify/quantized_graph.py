@@ -145,7 +145,9 @@ class QuantizedGraph:
                 low = low if bounds[0] is None else max(low, int(bounds[0]))
                 high = high if bounds[1] is None else min(high, int(bounds[1]))
             node = self.producers.get(node.input[0])
-        zero_point = self.constant(dequantizer.input[2]) if len(dequantizer.input) > 2 else None
+        zero_point = (
+            self.constant(dequantizer.input[2]) if len(dequantizer.input) > 2 else None
+        )
         middle = 0 if zero_point is None else int(zero_point.reshape(-1)[0])
         return low - middle, high - middle
 
