@@ -302,6 +302,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    # torch's threads spin while they wait, and on a busy machine that costs a factor of ten; to
+    # be read by the OpenMP runtime this must be set before torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     try:

@@ -124,6 +124,7 @@ def generate(
     job = _Job(model, settings, sites, preprocessing, device)
     with (
         _reproducible(device),
+        _one_thread_if_tiny(model.input.height * model.input.width),
         reused_memory(),
         ImageWriter(path, count=settings.num_images, shape=model.input.shape) as writer,
     ):
@@ -288,6 +289,20 @@ def _no_batch_norm(model: Model) -> NoBatchNormError:
         hint=f"{_RE_EXPORT}; or calibrate with real images: --data DIR; or with noise: "
         "--method noise",
     )
+
+
+@contextlib.contextmanager
+def _one_thread_if_tiny(pixels: int) -> Iterator[None]:
+    """Images of up to 16 x 16 are done sooner than a second thread is woken."""
+    threads = torch.get_num_threads()
+    if pixels > 16 * 16 or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager
