@@ -19,18 +19,23 @@ from graph_tools.rewrites import (
     average_to_global_pool,
     batch_norm_to_convolution,
     constant_affine_to_convolution,
+    drop_empty_pads,
     fold_affine_into_weights,
+    fold_batch_norm_into_gemm,
     matmul_to_gemm,
     own_weight_and_bias,
+    round_average_pools_down,
     write_attributes_out,
 )
 
 __all__ = ["prepare_for_quantization"]
 
 _REWRITES = (  # and how the notes put it; empty: nothing a user needs to know
+    (drop_empty_pads, ""),
     (matmul_to_gemm, "MatMul written as Gemm"),
     (own_weight_and_bias, ""),
-    (fold_affine_into_weights, "Add/Sub/Mul/Div folded into the weights before them"),
+    (fold_affine_into_weights, "per-channel arithmetic folded into the weights before it"),
+    (fold_batch_norm_into_gemm, "BatchNormalization folded into the Gemm behind it"),
     (batch_norm_to_convolution, "BatchNormalization written as depthwise convolutions"),
     (
         constant_affine_to_convolution,
@@ -38,6 +43,7 @@ _REWRITES = (  # and how the notes put it; empty: nothing a user needs to know
     ),
     (average_to_global_pool, "means over the whole image written as GlobalAveragePool"),
     (write_attributes_out, ""),
+    (round_average_pools_down, ""),
     (rescale_bounds, "ReLU6-like bounds rescaled to powers of two"),
 )
 

@@ -83,12 +83,12 @@ class TensorQuantizer:
     def quantize(self, values: FloatArray) -> IntArray:
         """Integers of ``values``: round half to even, then saturate (QuantizeLinear)."""
         scaled = np.rint(np.asarray(values, np.float64) / self.scale_for(np.ndim(values)))
-        return np.clip(scaled, self.qmin, self.qmax).astype(np.int32)
+        return np.asarray(np.clip(scaled, self.qmin, self.qmax), np.int32)
 
     def dequantize(self, integers: IntArray) -> FloatArray:
         """Values of ``integers`` (DequantizeLinear)."""
         exact = np.asarray(integers, np.float64) * self.scale_for(np.ndim(integers))
-        return exact.astype(np.float32)
+        return np.asarray(exact, np.float32)  # a scalar stays an array
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `from_dict` reads it back."""
@@ -188,7 +188,7 @@ class Plan:
             ],
         }
         integers = {
-            name: np.ascontiguousarray(constant.integers)
+            name: np.asarray(constant.integers, order="C")
             for name, constant in self.constants.items()
         }
         try:

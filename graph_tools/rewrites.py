@@ -16,12 +16,15 @@ __all__ = [
     "average_to_global_pool",
     "batch_norm_to_convolution",
     "constant_affine_to_convolution",
+    "drop_empty_pads",
     "fold_affine_into_weights",
+    "fold_batch_norm_into_gemm",
     "is_weighted",
     "matmul_to_gemm",
     "only_consumer",
     "output_channel_axis",
     "own_weight_and_bias",
+    "round_average_pools_down",
     "write_attributes_out",
 ]
 
@@ -86,8 +89,17 @@ def _per_channel(values: Array, channels: int, rank: int, axis: int) -> Array | 
     return values.reshape(-1)
 
 
+def _batch_norm_affine(node: gs.Node) -> tuple[Array, Array]:
+    """(scale, shift), each [channels], of a BatchNormalization."""
+    gamma, beta, mean, var = (np.asarray(i.values, np.float64) for i in node.inputs[1:5])
+    scale = gamma / np.sqrt(var + node.attrs.get("epsilon", 1e-5))
+    return scale, beta - mean * scale
+
+
 def _affine(node: gs.Node, channels: int, rank: int, axis: int) -> tuple[Array, Array] | None:
-    """(scale, shift), each [channels], of an Add/Sub/Mul/Div by a constant."""
+    """(scale, shift), each [channels], of a BatchNormalization or arithmetic by a constant."""
+    if node.op == "BatchNormalization" and axis == 1:
+        return _batch_norm_affine(node)
     if node.op not in ("Add", "Sub", "Mul", "Div") or len(node.inputs) != 2:
         return None
     found = _operand(node)
@@ -186,7 +198,10 @@ def scale_weights(node: gs.Node, scale: Array, shift: Array) -> None:
 
 
 def fold_affine_into_weights(graph: gs.Graph) -> int:
-    """Fold Add/Sub/Mul/Div by a per-channel constant into the weighted node before it."""
+    """Fold per-channel constants into the weighted node before them.
+
+    They come as Add/Sub/Mul/Div, or as BatchNormalization behind what was a MatMul.
+    """
     count = 0
     for node in list(graph.nodes):
         if not is_weighted(node) or len(node.inputs) < 3:
@@ -230,9 +245,45 @@ def batch_norm_to_convolution(graph: gs.Graph) -> int:
     for node in graph.nodes:
         if node.op != "BatchNormalization" or rank_of(node.inputs[0]) != 4:
             continue
-        gamma, beta, mean, var = (np.asarray(i.values, np.float64) for i in node.inputs[1:5])
-        scale = gamma / np.sqrt(var + node.attrs.get("epsilon", 1e-5))
-        _as_depthwise(node, node.inputs[0], scale, beta - mean * scale)
+        _as_depthwise(node, node.inputs[0], *_batch_norm_affine(node))
+        count += 1
+    return count
+
+
+def fold_batch_norm_into_gemm(graph: gs.Graph) -> int:
+    """Fold the BatchNormalization of a vector into the Gemm behind it."""
+    count = 0
+    for node in list(graph.nodes):
+        if node.op != "BatchNormalization" or rank_of(node.inputs[0]) != 2:
+            continue
+        gemm = only_consumer(graph, node.outputs[0])
+        if gemm is None or gemm.op != "Gemm" or not is_weighted(gemm) or len(gemm.inputs) < 3:
+            continue
+        scale, shift = _batch_norm_affine(node)
+        weight = np.asarray(gemm.inputs[1].values, np.float64)  # [out, in]
+        bias = np.asarray(gemm.inputs[2].values, np.float64) + weight @ shift
+        gemm.inputs[1].values = (weight * scale).astype(np.float32)
+        gemm.inputs[2].values = bias.astype(np.float32)
+        gemm.inputs[0] = node.inputs[0]
+        node.outputs.clear()
+        node.inputs.clear()
+        count += 1
+    return count
+
+
+def drop_empty_pads(graph: gs.Graph) -> int:
+    """Remove Pad nodes that add nothing: old exporters write them before an AveragePool."""
+    count = 0
+    for node in list(graph.nodes):
+        if node.op != "Pad" or not isinstance(node.inputs[1], gs.Constant):
+            continue
+        output = node.outputs[0]
+        if np.any(node.inputs[1].values) or any(output is tensor for tensor in graph.outputs):
+            continue
+        for reader in list(output.outputs):
+            reader.inputs = [node.inputs[0] if i is output else i for i in reader.inputs]
+        node.outputs.clear()
+        node.inputs.clear()
         count += 1
     return count
 
@@ -356,11 +407,12 @@ def write_attributes_out(graph: gs.Graph) -> int:
         before = dict(node.attrs)
         node.attrs.pop("auto_pad", None)
         node.attrs["pads"] = pads
-        defaults: dict[str, Any] = {
-            "kernel_shape": kernel,
-            "strides": [1] * len(kernel),
-            "dilations": [1] * len(kernel),
-        }
+        defaults: dict[str, Any] = {"kernel_shape": kernel, "strides": [1] * len(kernel)}
+        if node.op != "AveragePool":
+            defaults["dilations"] = [1] * len(kernel)
+        elif set(node.attrs.get("dilations", [1])) == {1}:
+            # onnxruntime hands it on to QLinearAveragePool, which refuses it
+            node.attrs.pop("dilations", None)
         if node.op == "Conv":
             defaults["group"] = 1
         else:
@@ -370,4 +422,43 @@ def write_attributes_out(graph: gs.Graph) -> int:
         for name, value in defaults.items():
             node.attrs.setdefault(name, value)
         count += node.attrs != before
+    return count
+
+
+def round_average_pools_down(graph: gs.Graph) -> int:
+    """Write ``ceil_mode`` of AveragePool as pads that do not count.
+
+    onnxruntime's integer kernel counts what hangs over the edge where pads count.
+    """
+    count = 0
+    for node in list(graph.nodes):
+        if node.op != "AveragePool" or not node.attrs.get("ceil_mode"):
+            continue
+        x, kernel, pads = node.inputs[0], node.attrs["kernel_shape"], node.attrs.get("pads")
+        sizes = (x.shape or [])[2:]
+        known = len(sizes) == len(kernel) and all(isinstance(size, int) for size in sizes)
+        if pads is None or not known or "dilations" in node.attrs:
+            continue
+        begins, ends = pads[: len(kernel)], pads[len(kernel) :]
+        padded = [size + a + b for size, a, b in zip(sizes, begins, ends, strict=True)]
+        over = []
+        for k, stride, size, end in zip(
+            kernel, node.attrs["strides"], padded, ends, strict=True
+        ):
+            start = -(-(size - k) // stride) * stride  # of the last window
+            start -= stride if start >= size - end else 0
+            over.append(max(start + k - size, 0))
+        node.attrs["ceil_mode"] = 0
+        count += 1
+        if not any(over):
+            continue
+        if node.attrs["count_include_pad"] and any(pads):
+            amounts = np.array([0, 0, *begins, 0, 0, *ends], np.int64)
+            wider = gs.Variable(f"{node.name}.padded", np.float32, [*x.shape[:2], *padded])
+            inputs = [x, gs.Constant(f"{node.name}.pads", amounts)]
+            graph.nodes.append(gs.Node("Pad", f"{node.name}.pad", {}, inputs, [wider]))
+            node.inputs[0] = wider
+            begins, ends = [0] * len(kernel), [0] * len(kernel)
+        node.attrs["pads"] = [*begins, *(a + b for a, b in zip(ends, over, strict=True))]
+        node.attrs["count_include_pad"] = 0
     return count

@@ -10,6 +10,8 @@ Relu, Clip                            own; the node itself vanishes into it wher
 Reshape, Transpose, MaxPool, ...      shares its input's (it only moves data)
 Concat                                shares if all its inputs share one; own otherwise
 arithmetic behind the last weights    none: decoding stays in float, and so does all behind it
+what a Div divides by, or Log reads   none, nor the arithmetic that leads there: tiny values
+                                      count there, and zero is no number to divide by
 integers, booleans, shapes            none
 ====================================  ==========================================================
 """
@@ -47,6 +49,10 @@ _DECODING = frozenset(  # after the last weights these start the part that stays
     "ArgMax ArgMin Ceil Cos Div Exp Floor Log LogSoftmax Mod NonMaxSuppression Pow Range "
     "Reciprocal Round Sin Sqrt TopK Where".split()
 )
+_PASSES_PRECISION = frozenset(  # if the result must not be rounded, its inputs must not be
+    "Abs Add Cast Clip Exp Expand Flatten Identity Max Mean Mul Pow ReduceL1 ReduceL2 ReduceMean "
+    "ReduceSum ReduceSumSquare Reshape Sqrt Squeeze Sub Sum Tile Transpose Unsqueeze".split()
+)
 _UNIT_RANGE = frozenset({"Sigmoid", "HardSigmoid", "Softmax"})
 
 
@@ -82,7 +88,7 @@ class Placement:
         activations: Relu/Clip nodes whose producer has no other reader: node name to
             (tensor before, tensor after).
         clip_bounds: (low, high) of each Clip by node name.
-        num_readers: how many operators read each tensor; being a graph output counts as one.
+        num_readers: how often operators read each tensor; being a graph output counts as one.
         float_nodes: what stays in float, and why.
     """
 
@@ -193,6 +199,28 @@ class _Placer:
         is_float = bool(names) and self.constants[names[0]].dtype == np.float32
         return names[0] if len(names) == 1 and is_float else None
 
+    def _unrounded(self) -> set[str]:
+        """Tensors that lead only to divisors and logarithms, back to the operands' quantizers.
+
+        Variances of normalizations are such: rounded to zero, they would make the result
+        infinite or undefined.
+        """
+        found: set[str] = set()
+        for step in reversed(self.steps):
+            if step.name in self.weighted or set(step.outputs) & set(self.model.outputs):
+                continue
+            uses = [(r, name) for name in step.outputs for r in self.readers.get(name, ())]
+            if uses and all(self._divides(reader, name, found) for reader, name in uses):
+                found.update(step.outputs)
+        return found
+
+    def _divides(self, reader: Step, tensor: str, unrounded: set[str]) -> bool:
+        if reader.op_type == "Div" and reader.inputs[0] != tensor:
+            return True
+        if reader.op_type in ("Log", "Reciprocal"):
+            return True
+        return reader.op_type in _PASSES_PRECISION and reader.outputs[0] in unrounded
+
     def _live(self) -> set[str]:
         """Float tensors that depend on the image by value."""
         live = {self.model.input.name}
@@ -208,6 +236,7 @@ class _Placer:
     def run(self) -> Placement:
         floats = self._float_nodes()
         live = self._live()
+        unrounded = self._unrounded()
         input_name = self.model.input.name
         root: dict[str, str] = {input_name: input_name}
         roots, shares = [input_name], {}
@@ -219,7 +248,7 @@ class _Placer:
         for step in self.steps:
             if step.op_type == "Clip":
                 clip_bounds[step.name] = self._clip_bounds(step)
-            is_float = step.name in floats
+            is_float = step.name in floats or step.outputs[0] in unrounded
             if not is_float and step.op_type in _CONSTANT_OPERANDS:
                 operand = self._constant_operand(step)
                 if operand is not None and live.intersection(step.inputs):
@@ -242,6 +271,7 @@ class _Placer:
                     reader is not None
                     and reader.op_type in _ACTIVATIONS
                     and reader.name not in floats
+                    and reader.outputs[0] not in unrounded
                     and step.op_type not in _ACTIVATIONS
                 ):
                     activations[reader.name] = (tensor, reader.outputs[0])
@@ -262,7 +292,8 @@ class _Placer:
             activations=activations,
             clip_bounds=clip_bounds,
             num_readers={
-                tensor: len(self.readers.get(tensor, ())) + (tensor in self.model.outputs)
+                tensor: sum(list(r.inputs).count(tensor) for r in self.readers.get(tensor, ()))
+                + (tensor in self.model.outputs)
                 for tensor in root
             },
             float_nodes=tuple(floats.values()),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto
@@ -10,12 +12,30 @@ from pipeline.verify.compilers import onnxruntime as ort
 from pipeline.verify.cut import cut_at
 from pipeline.verify.quantized_graph import QuantizedGraph
 
-__all__ = ["first_difference"]
+__all__ = ["Parting", "first_difference"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parting:
+    """Where two runs part: a quantized tensor whose inputs still agree.
+
+    Attributes:
+        tensor: its name.
+        op_type: the operator that makes it, "" if none does; ``node`` is its name.
+    """
+
+    tensor: str
+    op_type: str
+    node: str
+
+    def __str__(self) -> str:
+        made_by = f" (made by {self.op_type} {self.node})" if self.op_type else ""
+        return f"tensor '{self.tensor}'{made_by}"
 
 
 def first_difference(
     graph: QuantizedGraph, batch: npt.NDArray[np.float32], *, threads: int = 0
-) -> str | None:
+) -> Parting | None:
     """Name a tensor that differs between unoptimized and optimized run while its inputs agree.
 
     The model is cut at quantized tensors, from the outputs back, as long as something in front
@@ -27,7 +47,7 @@ def first_difference(
         threads: as in `ort.compile`.
 
     Returns:
-        ``"tensor 'x' (made by Conv conv_1)"``; None when this batch shows no difference.
+        None when this batch shows no difference.
     """
     known: dict[str, bool] = {}
 
@@ -57,6 +77,8 @@ def first_difference(
     quantizer = graph.quantizer_of(worst)
     tensor = worst.input[0] if quantizer is None else quantizer.input[0]
     maker = graph.producers.get(tensor)
-    return f"tensor '{tensor}'" + (
-        f" (made by {maker.op_type} {maker.name})" if maker is not None else ""
+    return Parting(
+        tensor=tensor,
+        op_type=maker.op_type if maker is not None else "",
+        node=maker.name if maker is not None else "",
     )

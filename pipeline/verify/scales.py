@@ -116,6 +116,8 @@ def bias_fits(graph: QuantizedGraph, node: NodeProto) -> bool:
     if any(scale is None for scale in scales):
         return False
     s_x, s_w, s_b = (np.asarray(scale, np.float32).reshape(-1) for scale in scales)
+    if node.op_type == "ConvTranspose" and s_b.size % s_w.size == 0:  # groups share a scale
+        s_w = np.tile(s_w, s_b.size // s_w.size)
     try:
         return bool(np.all(np.broadcast_to(s_x * s_w, np.broadcast(s_w, s_b).shape) == s_b))
     except ValueError:

@@ -192,3 +192,65 @@ def test_real_networks_keep_their_values(shared_models, run_onnx, name):
     prepared = prepare_for_quantization(model)
     assert operators(prepared)["BatchNormalization"] == 0
     assert_same_values(model, prepared, run_onnx)
+
+
+def test_batch_norm_behind_a_matmul_is_folded(make_model, run_onnx):
+    model = make_model(
+        "g (float[N,3,4,4] x) => (float[N,5] y) {"
+        " f = Flatten(x) a = MatMul(f, w) b = BatchNormalization(a, g, be, m, v) y = Relu(b) }",
+        w=normal(48, 5),
+        g=positive(5),
+        be=normal(5),
+        m=normal(5),
+        v=positive(5),
+    )
+    prepared = prepare_for_quantization(model)
+    assert operators(prepared) == {"Flatten": 1, "Gemm": 1, "Relu": 1}
+    assert_same_values(model, prepared, run_onnx)
+
+
+def test_batch_norm_of_a_vector_is_folded_into_the_gemm_behind_it(make_model, run_onnx):
+    model = make_model(
+        "g (float[N,3,8,8] x) => (float[N,5] y) {"
+        " p = GlobalAveragePool(x) f = Flatten(p) b = BatchNormalization(f, g, be, m, v)"
+        " y = Gemm(b, w, c) }",
+        w=normal(3, 5),
+        c=normal(5),
+        g=positive(3),
+        be=normal(3),
+        m=normal(3),
+        v=positive(3),
+    )
+    prepared = prepare_for_quantization(model)
+    assert operators(prepared) == {"GlobalAveragePool": 1, "Flatten": 1, "Gemm": 1}
+    assert_same_values(model, prepared, run_onnx)
+
+
+def test_pads_that_add_nothing_are_dropped(make_model, run_onnx):
+    model = make_model(
+        "g (float[N,3,8,8] x) => (float[N,4,4,4] y) {"
+        " c = Conv<pads=[1,1,1,1]>(x, w) p = Pad(c, none)"
+        " y = AveragePool<kernel_shape=[2,2], strides=[2,2]>(p) }",
+        w=normal(4, 3, 3, 3),
+        none=np.zeros(8, np.int64),
+    )
+    prepared = prepare_for_quantization(model)
+    assert operators(prepared) == {"Conv": 1, "AveragePool": 1}
+    assert_same_values(model, prepared, run_onnx)
+
+
+@pytest.mark.parametrize("pads", [[0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 0, 1]])
+@pytest.mark.parametrize("include", [0, 1])
+@pytest.mark.parametrize("strides", [[2, 2], [2, 3], [4, 4]])
+def test_average_pools_are_rounded_down(make_model, run_onnx, pads, include, strides):
+    model = make_model(
+        "g (float[N,3,9,10] x) => (float[N,3,h,w] y) {"
+        f" y = AveragePool<kernel_shape=[3,2], pads={pads}, strides={strides},"
+        f" ceil_mode=1, count_include_pad={include}>(x) }}"
+    )
+    prepared = prepare_for_quantization(model)
+    pool = next(n for n in prepared.proto.graph.node if n.op_type == "AveragePool")
+    attributes = {a.name: a.i for a in pool.attribute}
+    assert attributes["ceil_mode"] == 0
+    assert "dilations" not in attributes  # onnxruntime's integer kernel does not know it
+    assert_same_values(model, prepared, run_onnx)

@@ -164,3 +164,34 @@ def test_gemm_weights_are_per_output(placed):
     (site,) = placement.weighted.values()
     assert (site.axis, site.channel_axis, site.input) == (0, 1, "f")
     assert placement.shares == {"f": "x"}
+
+
+def test_what_leads_to_a_divisor_has_none(placed):
+    placement = placed(
+        f"c = {CONV}(x, w) m = ReduceMean<axes=[1], keepdims=1>(c) d = Sub(c, m) s = Mul(d, d)"
+        " v = ReduceMean<axes=[1], keepdims=1>(s) e = Add(v, eps) r = Sqrt(e) n = Div(d, r)"
+        f" y = {CONV}(n, w)",
+        w=W,
+        eps=np.float32(1e-5),
+    )
+    assert placement.roots == ("x", "c", "m", "d", "n", "y")
+    assert "eps" not in placement.operands
+
+
+@pytest.mark.parametrize("activation", ["Relu(c)", "Clip(c, half, one)"])
+def test_an_activation_before_a_divisor_is_not_absorbed(placed, activation):
+    placement = placed(
+        f"c = {CONV}(x, w) r = {activation} e = Add(r, one) q = Div(x, e) y = {CONV}(q, v)",
+        w=W,
+        v=W,
+        half=np.float32(0.5),
+        one=np.float32(1),
+    )
+    assert placement.roots == ("x", "c", "q", "y")
+    assert not placement.activations
+
+
+def test_reading_a_tensor_twice_counts_twice(placed):
+    placement = placed(f"c = {CONV}(x, w) a = Add(c, c) y = {CONV}(a, v)", w=W, v=W)
+    assert placement.num_readers["c"] == 2
+    assert placement.num_readers["a"] == 1

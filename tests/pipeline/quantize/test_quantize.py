@@ -10,6 +10,7 @@ from graph_tools.compare import compare_tensors
 from graph_tools.errors import DataError, ModelError
 from graph_tools.prepare import prepare_for_quantization
 from graph_tools.qdq import write_qdq
+from graph_tools.quantizer import Plan
 from graph_tools.torch_graph import TorchGraph
 from pipeline.images import ImageWriter, open_images
 from pipeline.quantize import quantize
@@ -166,3 +167,35 @@ def test_nothing_to_quantize_is_an_error(make_model, images):
     model = make_model("g (float[N,3,8,8] x) => (float[N,3,8,8] y) { y = Relu(x) }")
     with pytest.raises(ModelError, match="nothing to quantize"):
         quantize(model, images, QuantizeSettings())
+
+
+def test_scalar_operands_are_quantized_and_saved(make_model, images, run_onnx, tmp_path):
+    model = prepare_for_quantization(
+        make_model(
+            "g (float[N,3,8,8] x) => (float[N,3,8,8] y) {"
+            " c = Conv<pads=[1,1,1,1]>(x, w) r = Relu(c) m = Mul(r, half)"
+            " y = Conv<pads=[1,1,1,1]>(m, w) }",
+            w=RNG.normal(size=(3, 3, 3, 3)).astype(np.float32),
+            half=np.float32(0.3),
+        )
+    )
+    plan = quantize(model, images, QuantizeSettings()).plan
+    assert plan.constants["half"].integers.shape == ()
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").constants["half"].integers.shape == ()
+    assert sqnr(model, plan, images) > 20
+
+
+def test_a_small_variance_is_not_rounded_to_zero(make_model, images):
+    model = prepare_for_quantization(
+        make_model(
+            "g (float[N,3,8,8] x) => (float[N,3,8,8] y) {"
+            " c = Conv<pads=[1,1,1,1]>(x, w) k = Mul(c, c) v = ReduceMean<axes=[1], keepdims=1>(k)"
+            " e = Add(v, eps) s = Sqrt(e) n = Div(c, s) y = Conv<pads=[1,1,1,1]>(n, w) }",
+            w=RNG.normal(size=(3, 3, 3, 3)).astype(np.float32),
+            eps=np.float32(1e-5),
+        )
+    )
+    plan = quantize(model, images, QuantizeSettings()).plan
+    assert not {"k", "v", "e", "s"} & set(plan.tensors)
+    assert sqnr(model, plan, images) > 20
