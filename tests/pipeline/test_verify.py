@@ -372,6 +372,29 @@ def test_differences_agree_with_two_sessions_of_our_own(check: Check) -> None:
     assert any("integers" in text for text in proof.failures) == (pair.differing > 0)
 
 
+@pytest.mark.parametrize(("activation", "passes"), [("Sigmoid", True), ("Relu", False)])
+def test_one_step_is_allowed_behind_what_has_no_exact_integer_form(
+    check: Check, monkeypatch: pytest.MonkeyPatch, activation: str, passes: bool
+) -> None:
+    """The optimized run gets a zero point one off: a difference of one step in most elements."""
+    g = QdqBuilder(SHAPE, dtype=np.uint8)
+    c = g.quantize(g.weighted("Conv", g.image, "c", (8, 3, 3, 3)), -5, dtype=np.uint8)
+    g.quantize(g.node(activation, [c], "s"), -8, dtype=np.uint8, output="out")
+    model = g.model({"out": 4})
+    honest = compiler.run
+
+    def run_wrongly(compiled: Any, images: np.ndarray) -> dict[str, np.ndarray]:
+        values = honest(compiled, images)
+        if compiled.mode == "optimized" and next(iter(values)).startswith(("out", "s_q")):
+            return {name: value + np.float32(2.0**-8) for name, value in values.items()}
+        return values
+
+    monkeypatch.setattr(compiler, "run", run_wrongly)
+    proof = check(model, np.abs(normal(8)))
+    assert proof.passed is passes
+    assert any("exact integer form" in text for text in proof.warnings) is passes
+
+
 @pytest.mark.parametrize("batch", [1, 8])
 def test_a_fixed_batch_is_honoured(check: Check, batch: int) -> None:
     proof = check(residual_network(batch=batch), normal(21))

@@ -8,6 +8,7 @@ import torch
 
 from graph_tools.compare import compare_tensors
 from graph_tools.errors import DataError, ModelError
+from graph_tools.model import save
 from graph_tools.prepare import prepare_for_quantization
 from graph_tools.qdq import write_qdq
 from graph_tools.quantizer import Plan
@@ -16,7 +17,8 @@ from pipeline.images import ImageWriter, open_images
 from pipeline.quantize import quantize
 from pipeline.quantize.observe import observe
 from pipeline.quantize.simulate import fake_quantize
-from pipeline.settings import QuantizeSettings
+from pipeline.settings import QuantizeSettings, VerifySettings
+from pipeline.verify import verify
 
 RNG = np.random.default_rng(0)
 SMALL = (
@@ -198,4 +200,26 @@ def test_a_small_variance_is_not_rounded_to_zero(make_model, images):
     )
     plan = quantize(model, images, QuantizeSettings()).plan
     assert not {"k", "v", "e", "s"} & set(plan.tensors)
+    assert sqnr(model, plan, images) > 20
+
+
+def test_grouped_transposed_convolution_shares_scales_between_groups(
+    make_model, images, tmp_path
+):
+    model = prepare_for_quantization(
+        make_model(
+            "g (float[N,3,8,8] x) => (float[N,4,h,w] y) {"
+            " c = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(c)"
+            " y = ConvTranspose<group=2, strides=[2,2]>(r, t, tb) }",
+            w=ARRAYS["w"],
+            b=ARRAYS["b"],
+            t=RNG.normal(size=(4, 2, 3, 3)).astype(np.float32)
+            * np.array([1, 10], np.float32).reshape(1, 2, 1, 1),
+            tb=RNG.normal(size=4).astype(np.float32),
+        )
+    )
+    plan = quantize(model, images, QuantizeSettings()).plan
+    save(write_qdq(model, plan), tmp_path / "q.onnx")
+    proof = verify(tmp_path / "q.onnx", images, VerifySettings())
+    assert proof.passed, proof.failures
     assert sqnr(model, plan, images) > 20
