@@ -118,6 +118,8 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
     """
     if job.threads:
         torch.set_num_threads(job.threads)
+    if job.output.resolve() == job.model.resolve():
+        raise SettingsError("the output is the input", where=str(job.output))
     progress = on_progress or (lambda stage, done, total, terms: None)
     clock = _Clock()
     with _output_folder(job.output) as work:

@@ -211,6 +211,7 @@ def test_other_bad_input_is_refused(digits, held_out, tmp_path, capsys):
         (["quantize", digits, "--data", tmp_path / "absent"], "absent"),
         (["quantize", digits, "-o", tmp_path / "absent" / "q.onnx"], "absent"),
         (["quantize", digits, "-o", tmp_path / "q.txt"], "q.txt"),
+        (["quantize", digits, "-o", digits], "is the input"),
         (["quantize", digits, "--num-images", "0"], "--num-images"),
         (["quantize", digits, "--weights", "5"], "5"),
         (["quantize", digits, "--mean", "0.5"], "--mean"),
