@@ -455,6 +455,11 @@ def _print_result(report: Mapping[str, Any]) -> None:
     _stdout.print(verdict.lead, markup=False)
     for clause in verdict.clauses:
         _stdout.print(f"  {clause}", markup=False)
+    outputs = report["quantization"]["outputs"]
+    for output in outputs if len(outputs) > 1 else []:
+        _stdout.print(
+            f"  output {output['name']}: SQNR {_words(output['sqnr_db'])} dB", markup=False
+        )
     for entry in report["quantization"]["float"]:
         _stdout.print(
             f"  stays in float: {entry['op_type']} {entry['node']} ({entry['reason']})",

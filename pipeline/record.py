@@ -62,7 +62,7 @@ def metadata(
 ) -> dict[str, str]:
     """``metadata_props`` of the written file: what made it, enough to make it again."""
     if generated is not None:
-        source = f"{job.generation.num_images} generated ({job.generation.method})"
+        source = f"{generated.images.count} generated ({job.generation.method})"
     else:
         source = str((job.data or job.images or Path()).name)
     return {

@@ -22,7 +22,7 @@ from graph_tools.qdq import write_qdq
 from pipeline.evaluate.classification import Accuracy, evaluate_classification
 from pipeline.evaluate.datasets import open_dataset
 from pipeline.evaluate.sessions import open_session
-from pipeline.generate import Generated, generate
+from pipeline.generate import Generated, default_num_images, generate
 from pipeline.generate.input_range import guess_preprocessing
 from pipeline.images import ImageSet, ImageWriter, open_images
 from pipeline.preprocessing import Preprocessing
@@ -317,7 +317,8 @@ def _calibration_images(
             model,
             preprocessing,
             path,
-            count=job.generation.num_images,
+            count=job.generation.num_images
+            or default_num_images(model.input.height, model.input.width),
             seed=job.generation.seed,
         )
         return images, preprocessing, None

@@ -26,8 +26,9 @@ class GenerateSettings:
 
     method: Literal["dgh", "noise"] = "dgh"
     """dgh: match BatchNormalization statistics; noise: Gaussian noise, needs none."""
-    num_images: int = 256
-    """How many images to make."""
+    num_images: int = 0
+    """How many images to make (or to take from --data); 0 chooses by image size: 256 up to
+    128x128 pixels, 64 beyond."""
     iterations: int = 0
     """Optimization steps per batch; 0 chooses by image size (published: 1000)."""
     batch_size: int = 0
@@ -63,7 +64,7 @@ class GenerateSettings:
     """Sigma of the blur in pixels, 0 for none; by default by image size."""
 
     def __post_init__(self) -> None:
-        _require(self.num_images > 0, "num_images", self.num_images, "a positive number")
+        _require(self.num_images >= 0, "num_images", self.num_images, "0 or more")
         _require(self.iterations >= 0, "iterations", self.iterations, "0 or more")
         _require(self.batch_size >= 0, "batch_size", self.batch_size, "0 or more")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "in 0..2^63-1")

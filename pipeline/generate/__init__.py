@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,6 +46,7 @@ __all__ = [
     "default_batch_size",
     "default_iterations",
     "default_learning_rate",
+    "default_num_images",
     "generate",
 ]
 
@@ -109,6 +110,8 @@ def generate(
         SettingsError: the device does not exist, or ``preprocessing`` is for other channels.
     """
     start = time.perf_counter()
+    count = settings.num_images or default_num_images(model.input.height, model.input.width)
+    settings = replace(settings, num_images=count)
     sites = find_batch_norms(model)
     if settings.method == "dgh" and not sites:
         raise _no_batch_norm(model)
@@ -152,6 +155,14 @@ def default_batch_size(height: int, width: int, device: str = "cpu") -> int:
     most = 64 if torch.device(device).type == "cpu" else 256
     fitting = max(1, pixels // (height * width))
     return min(most, 1 << (fitting.bit_length() - 1))
+
+
+def default_num_images(height: int, width: int) -> int:
+    """Return how many images calibrate a network: 256 up to 128 x 128 pixels, 64 beyond.
+
+    A large image has as many positions as many small ones, and takes as long to make.
+    """
+    return 256 if height * width <= 128 * 128 else 64
 
 
 def default_iterations(height: int, width: int) -> int:

@@ -212,7 +212,7 @@ def test_other_bad_input_is_refused(digits, held_out, tmp_path, capsys):
         (["quantize", digits, "-o", tmp_path / "absent" / "q.onnx"], "absent"),
         (["quantize", digits, "-o", tmp_path / "q.txt"], "q.txt"),
         (["quantize", digits, "-o", digits], "is the input"),
-        (["quantize", digits, "--num-images", "0"], "--num-images"),
+        (["quantize", digits, "--num-images", "-1"], "--num-images"),
         (["quantize", digits, "--weights", "5"], "5"),
         (["quantize", digits, "--mean", "0.5"], "--mean"),
         (["quantize", digits, "--mean", "a", "--std", "1"], "--mean"),

@@ -219,7 +219,7 @@ def test_bad_places_and_devices_are_the_users_fault(small: Model, tmp_path: Path
 @pytest.mark.parametrize(
     "options",
     [
-        {"num_images": 0},
+        {"num_images": -1},
         {"learning_rate": -1.0},
         {"std_weight": float("nan")},
         {"output_weight": -1.0},
