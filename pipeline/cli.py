@@ -367,8 +367,7 @@ def _parse(arguments: Sequence[str]) -> Command | None:
 def _load(path: Path, settings: InputSettings) -> Model:
     from graph_tools.model import load
 
-    layout = None if settings.layout == "auto" else settings.layout
-    return load(path, input_shape=settings.shape(), layout=layout)
+    return load(path, input_shape=settings.shape(), layout=settings.known_layout())
 
 
 def _check_output(path: Path, suffix: str) -> None:

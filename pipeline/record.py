@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from graph_tools.batchnorm import find_affine_leftovers, find_batch_norms
 from graph_tools.compare import TensorComparison, compare_tensors
 from graph_tools.errors import ZsqError
-from graph_tools.model import Model
+from graph_tools.model import Model, initializers
 from graph_tools.qdq import dequantized_name
 from graph_tools.quantizer import TensorQuantizer
 from pipeline.evaluate.classification import Accuracy
@@ -95,6 +95,7 @@ def flat_settings(job: QuantizeJob) -> dict[str, Any]:
 def describe_model(model: Model) -> dict[str, Any]:
     """The ``model`` part of the report, and the Mul+Add pairs left of BatchNormalization."""
     operators = Counter(node.op_type for node in model.proto.graph.node)
+    sites = find_batch_norms(model)
     return {
         "path": str(model.source or ""),
         "sha256": model.sha256,
@@ -106,10 +107,10 @@ def describe_model(model: Model) -> dict[str, Any]:
         },
         "outputs": list(model.outputs),
         "num_nodes": len(model.proto.graph.node),
-        "num_batch_norms": len(find_batch_norms(model)),
+        "num_batch_norms": len(sites),
         "batch_norms": [
             {"node": site.node, "tensor": site.tensor, "channels": site.channels}
-            for site in find_batch_norms(model)
+            for site in sites
         ],
         "affine_leftovers": [asdict(pair) for pair in find_affine_leftovers(model)],
         "operators": dict(sorted(operators.items())),
@@ -229,6 +230,7 @@ class Record:
                     **_describe(quantizer),
                 }
             )
+        floats = initializers(self.network.proto)
         for name, constant in plan.constants.items():
             tensors.append(
                 {
@@ -236,7 +238,7 @@ class Record:
                     "node": constant.node,
                     "op_type": operators[constant.node],
                     "kind": "bias" if constant.role == "bias" else "weight",
-                    "sqnr_db": _sqnr(self._initializer(name), constant.values),
+                    "sqnr_db": _sqnr(floats[name], constant.values),
                     "clipped_percent": None,
                     "shares_with": None,
                     **_describe(constant.quantizer),
@@ -269,10 +271,6 @@ class Record:
             },
             "notes": [*self.network.notes, *self.quantization.notes],
         }
-
-    def _initializer(self, name: str) -> np.ndarray[Any, Any]:
-        found = next(i for i in self.network.proto.graph.initializer if i.name == name)
-        return onnx.numpy_helper.to_array(found)
 
     def _warnings(self, report: Mapping[str, Any]) -> list[str]:
         warnings = []

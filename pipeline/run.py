@@ -124,7 +124,9 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
     clock = _Clock()
     with _output_folder(job.output) as work:
         with clock("load"):
-            model = load(job.model, input_shape=job.input.shape(), layout=_layout(job.input))
+            model = load(
+                job.model, input_shape=job.input.shape(), layout=job.input.known_layout()
+            )
         with clock("generate"):
             images, preprocessing, generated = _calibration_images(job, model, work, progress)
         with clock("quantize"):
@@ -276,7 +278,7 @@ def evaluate_files(
     if preprocessing is None:
         preprocessing = next(filter(None, map(recorded_preprocessing, models)), None)
     if preprocessing is None or settings.input_shape or settings.layout != "auto":
-        model = load(models[0], input_shape=settings.shape(), layout=_layout(settings))
+        model = load(models[0], input_shape=settings.shape(), layout=settings.known_layout())
         model_input = model.input
         preprocessing = preprocessing or preprocessing_of(model, settings)
     accuracies = evaluate_classification(
@@ -289,10 +291,6 @@ def evaluate_files(
         on_step=lambda done, total, terms: progress("evaluate", done, total, terms),
     )
     return accuracies, preprocessing
-
-
-def _layout(settings: InputSettings) -> Any:
-    return None if settings.layout == "auto" else settings.layout
 
 
 def _calibration_images(

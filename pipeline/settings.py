@@ -152,6 +152,10 @@ class InputSettings:
         )
         return shape
 
+    def known_layout(self) -> Literal["NCHW", "NHWC"] | None:
+        """``layout``, None if it is to be detected."""
+        return None if self.layout == "auto" else self.layout
+
     def numbers(self, field: Literal["mean", "std"] | str) -> tuple[float, ...]:
         """``mean`` or ``std`` as floats; commas and spaces both separate."""
         words = " ".join(getattr(self, field)).replace(",", " ").split()

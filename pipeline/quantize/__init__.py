@@ -87,7 +87,8 @@ def quantize(
     absorbed = _absorb_activations(placement, tensors)
     for tensor, root in placement.shares.items():
         tensors[tensor] = tensors[root]
-    constants = _constants(placement, tensors, initializers(model.proto), settings)
+    values = initializers(model.proto)
+    constants = _constants(placement, tensors, values, settings)
     notes = []
     if settings.bias_correction:
         corrected, used = correct_biases(
@@ -96,7 +97,7 @@ def quantize(
             tensors,
             constants,
             {
-                site.bias: initializers(model.proto)[site.bias]
+                site.bias: values[site.bias]
                 for site in placement.weighted.values()
                 if site.bias
             },

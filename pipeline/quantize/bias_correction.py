@@ -64,7 +64,7 @@ def correct_biases(
     name = graph.input_names[0]
     exact: dict[str, Batches] = {name: images}
     rounded: dict[str, Batches] = {name: [_quantize(name, x, tensors) for x in images]}
-    last_reader = {tensor: i for i, s in enumerate(graph.steps) for tensor in s.inputs}
+    last_reader = _last_readers(graph)
     with torch.no_grad():
         for index, step in enumerate(graph.steps):
             for batch in range(len(images)):
@@ -97,6 +97,11 @@ def correct_biases(
             if on_step is not None:
                 on_step(index + 1, len(graph.steps))
     return corrected, used
+
+
+def _last_readers(graph: TorchGraph) -> dict[str, int]:
+    """Index of the last step that reads each tensor."""
+    return {tensor: i for i, s in enumerate(graph.steps) for tensor in s.inputs}
 
 
 def _quantize(
@@ -161,7 +166,7 @@ def _live_bytes(graph: TorchGraph, batch: torch.Tensor) -> int:
 
     with torch.no_grad():
         graph(batch, hook=measure)
-    last_reader = {tensor: i for i, s in enumerate(graph.steps) for tensor in s.inputs}
+    last_reader = _last_readers(graph)
     live = {graph.input_names[0]}
     peak = 0
     for index, step in enumerate(graph.steps):
