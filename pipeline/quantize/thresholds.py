@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from graph_tools.quantizer import TensorQuantizer
+
 __all__ = ["FLOOR", "Metric", "activation_exponent", "ceil_log2", "weight_exponents"]
 
 Metric = Literal["mse", "mae", "kl", "no-clipping"]
@@ -30,17 +32,20 @@ def ceil_log2(value: float) -> int:
     return exponent - 1 if mantissa == 0.5 else exponent
 
 
-def _quantized(values: Array, exponent: int, bits: int, signed: bool) -> Array:
-    low = -(2 ** (bits - 1)) if signed else 0
-    high = 2 ** (bits - signed) - 1
-    scale = 2.0**exponent
-    return np.clip(np.rint(values / scale), low, high) * scale
+def _integer_range(bits: int, signed: bool) -> tuple[int, int]:
+    quantizer = TensorQuantizer(bits=bits, signed=signed, exponent=0)
+    return quantizer.qmin, quantizer.qmax
+
+
+def _quantized(values: Array, scale: float | Array, bits: int, signed: bool) -> Array:
+    """Values after quantization; ``scale`` broadcasts."""
+    return np.clip(np.rint(values / scale), *_integer_range(bits, signed)) * scale
 
 
 def _largest_exponent(low: float, high: float, bits: int, signed: bool) -> int:
     """Exponent of the smallest scale that clips nothing."""
-    top = 2 ** (bits - signed) - 1
-    magnitude = max(high / top, (-low / 2 ** (bits - 1)) if signed else 0.0)
+    bottom, top = _integer_range(bits, signed)
+    magnitude = max(high / top, low / bottom if signed else 0.0)
     return ceil_log2(max(magnitude, FLOOR / 2 ** (bits - signed)))
 
 
@@ -72,7 +77,7 @@ def activation_exponent(
         if metric == "kl":
             error = _kl_divergence(weights, centers, exponent, bits, signed)
         else:
-            quantized = _quantized(centers, exponent, bits, signed)
+            quantized = _quantized(centers, 2.0**exponent, bits, signed)
             power = 2 if metric == "mse" else 1
             error = float(np.dot(weights, np.abs(quantized - centers) ** power))
         if error < best_error:
@@ -88,8 +93,7 @@ def _kl_divergence(
     P: the bins inside the range, saturated values added to the outermost; Q: the same bins
     without those, each level's mass spread evenly over the non-empty bins that fall on it.
     """
-    low = -(2 ** (bits - 1)) if signed else 0
-    high = 2 ** (bits - signed) - 1
+    low, high = _integer_range(bits, signed)
     levels = np.rint(centers / 2.0**exponent)
     inside = (levels >= low) & (levels <= high)
     if inside.sum() < high - low + 1:  # fewer bins than levels say nothing
@@ -127,8 +131,7 @@ def weight_exponents(
     for step in range(-1, _WEIGHT_CANDIDATES - 1):
         exponents = np.maximum(start - step, floor)
         scale = np.exp2(exponents.astype(np.float64))[:, None]
-        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-        quantized = np.clip(np.rint(rows / scale), low, high) * scale
+        quantized = _quantized(rows, scale, bits, True)
         error = (np.abs(quantized - rows) ** power).sum(axis=1)
         better = error < best_error
         best, best_error = np.where(better, exponents, best), np.minimum(error, best_error)
