@@ -14,12 +14,15 @@ __all__ = [
     "clip",
     "elu",
     "gelu",
+    "hard_max",
     "hard_sigmoid",
     "leaky_relu",
     "log_softmax",
     "prelu",
     "selu",
+    "shrink",
     "softmax",
+    "swi_glu",
     "swish",
     "thresholded_relu",
 ]
@@ -139,3 +142,34 @@ def log_softmax(node: Node) -> Compute:
     """Logarithm of the softmax over one axis (the meaning since opset 13)."""
     axis = node.integer("axis", -1)
     return lambda x: torch.log_softmax(x, axis)
+
+
+@operator("Hardmax")
+def hard_max(node: Node) -> Compute:
+    """1 at the first maximum along an axis, 0 elsewhere (the meaning since opset 13)."""
+    axis = node.integer("axis", -1)
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        first = x.argmax(axis, keepdim=True)
+        return torch.zeros_like(x).scatter(axis, first, 1.0)
+
+    return compute
+
+
+@operator("Shrink")
+def shrink(node: Node) -> Compute:
+    """Move x towards 0 by ``bias`` where it is further than ``lambd`` from 0; 0 elsewhere."""
+    bias, limit = node.number("bias", 0.0), node.number("lambd", 0.5)
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        moved = torch.where(x < -limit, x + bias, x - bias)
+        return torch.where(x.abs() > limit, moved, 0).to(x.dtype)
+
+    return compute
+
+
+@operator("SwiGLU")
+def swi_glu(node: Node) -> Compute:
+    """``a sigmoid(alpha a) b``."""
+    gate = swish(node)
+    return lambda a, b: gate(a) * b

@@ -10,7 +10,7 @@ from torch.nn import functional
 from graph_tools.torch_ops.registry import Compute, Node, operator
 from graph_tools.torch_ops.windows import Padding, Window, torch_pads
 
-__all__ = ["conv", "conv_transpose"]
+__all__ = ["causal_conv_with_state", "conv", "conv_transpose"]
 
 _CONV: dict[int, Callable[..., torch.Tensor]] = {
     1: torch.conv1d,
@@ -93,3 +93,26 @@ def _transposed_padding(
     small = tuple(total // 2 for total in totals)
     large = tuple(total - total // 2 for total in totals)
     return (small, large) if window.auto_pad == "SAME_UPPER" else (large, small)
+
+
+@operator("CausalConvWithState")
+def causal_conv_with_state(node: Node) -> Compute:
+    """Depthwise convolution ``[N, C, length]`` over the present and the past only.
+
+    The second output is what the next call needs as past: the last kernel - 1 positions.
+    """
+    activated = node.text("activation", "none") != "none"
+
+    def compute(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        past: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        reach = weight.shape[2] - 1
+        padded = functional.pad(x, (reach, 0)) if past is None else torch.cat([past, x], 2)
+        result = torch.conv1d(padded, weight, bias, groups=x.shape[1])
+        result = functional.silu(result) if activated else result
+        return result, padded[:, :, padded.shape[2] - reach :]
+
+    return compute

@@ -7,7 +7,15 @@ import torch
 from graph_tools.torch_ops.dtypes import FLOAT8_TYPES, torch_type
 from graph_tools.torch_ops.registry import Compute, Node, operator
 
-__all__ = ["cast", "cast_like", "constant_of_shape", "constant_value", "convert", "range_"]
+__all__ = [
+    "cast",
+    "cast_like",
+    "constant_of_shape",
+    "constant_value",
+    "convert",
+    "eye_like",
+    "range_",
+]
 
 
 def constant_value(node: Node) -> torch.Tensor:
@@ -52,6 +60,19 @@ def range_(node: Node) -> Compute:
         count = torch.ceil((limit.to(wide.dtype) - wide) / delta.to(wide.dtype))
         steps = torch.arange(max(int(count), 0), dtype=wide.dtype)
         return (wide + steps * delta.to(wide.dtype)).to(start.dtype)
+
+    return compute
+
+
+@operator("EyeLike")
+def eye_like(node: Node) -> Compute:
+    """1 on one diagonal and 0 elsewhere, in the shape of another matrix."""
+    dtype = torch_type(node.attributes["dtype"]) if "dtype" in node.attributes else None
+    diagonal = node.integer("k", 0)
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        rows, columns = (torch.arange(length, device=x.device) for length in x.shape)
+        return (columns == rows[:, None] + diagonal).to(dtype or x.dtype)
 
     return compute
 

@@ -5,13 +5,28 @@ from __future__ import annotations
 from math import prod
 
 import torch
+from torch.nn import functional
 
 from graph_tools.torch_ops.registry import Compute, Node, operator
 
-__all__ = ["concat", "gather", "gather_elements", "gather_nd", "slice_", "split", "trilu"]
+__all__ = [
+    "center_crop_pad",
+    "compress",
+    "concat",
+    "from_start",
+    "gather",
+    "gather_elements",
+    "gather_nd",
+    "non_zero",
+    "one_hot",
+    "reverse_sequence",
+    "slice_",
+    "split",
+    "trilu",
+]
 
 
-def _from_start(indices: torch.Tensor, length: int) -> torch.Tensor:
+def from_start(indices: torch.Tensor, length: int) -> torch.Tensor:
     """Let negative indices count from the end; int64."""
     indices = indices.long()
     return torch.where(indices < 0, indices + length, indices)
@@ -86,7 +101,7 @@ def gather(node: Node) -> Compute:
         return lambda x, _: x.select(axis, int(fixed))
 
     def compute(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        flat = _from_start(indices.reshape(-1), x.shape[axis])
+        flat = from_start(indices.reshape(-1), x.shape[axis])
         picked = x.index_select(axis, flat)
         if indices.dim() == 1:
             return picked
@@ -100,7 +115,7 @@ def gather(node: Node) -> Compute:
 def gather_elements(node: Node) -> Compute:
     """Pick one element for each index, along an axis."""
     axis = node.integer("axis", 0)
-    return lambda x, indices: x.gather(axis, _from_start(indices, x.shape[axis]))
+    return lambda x, indices: x.gather(axis, from_start(indices, x.shape[axis]))
 
 
 @operator("GatherND")
@@ -114,7 +129,7 @@ def gather_nd(node: Node) -> Compute:
         rest = x.shape[batch_dims + depth :]
         offsets = indices.new_zeros(indices.shape[:-1], dtype=torch.int64)
         for position, length in enumerate(indexed):
-            offsets = offsets * length + _from_start(indices[..., position], length)
+            offsets = offsets * length + from_start(indices[..., position], length)
         rows = torch.arange(prod(batch), device=x.device) * prod(indexed)
         offsets = offsets + rows.reshape((*batch, *[1] * (indices.dim() - 1 - batch_dims)))
         picked = x.reshape(-1, *rest).index_select(0, offsets.reshape(-1))
@@ -133,3 +148,80 @@ def trilu(node: Node) -> Compute:
         return torch.triu(x, diagonal) if upper else torch.tril(x, diagonal)
 
     return compute
+
+
+@operator("CenterCropPad", host=(1,))
+def center_crop_pad(node: Node) -> Compute:
+    """Cut or pad with zeros to a size; odd rests fall behind what is kept."""
+    axes_given, shape_input = node.integers("axes"), node.ints_input(1)
+
+    def compute(x: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        axes = tuple(range(x.dim())) if axes_given is None else axes_given
+        for axis, length in zip(axes, shape_input(wanted) or (), strict=True):
+            size = x.shape[axis]
+            if length <= size:
+                x = x.narrow(axis, (size - length) // 2, length)
+            else:
+                before = (length - size) // 2
+                behind = length - size - before
+                x = functional.pad(
+                    x, [*[0, 0] * (x.dim() - 1 - axis % x.dim()), before, behind]
+                )
+        return x
+
+    return compute
+
+
+@operator("OneHot", host=(1,))
+def one_hot(node: Node) -> Compute:
+    """One value where the position on the new axis is the index, another elsewhere."""
+    axis, depth_input = node.integer("axis", -1), node.ints_input(1)
+
+    def compute(
+        indices: torch.Tensor, depth: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        (count,) = depth_input(depth) or (0,)
+        count = int(count)
+        place = axis % (indices.dim() + 1)
+        wanted = from_start(indices, count).unsqueeze(place)
+        shape = [1] * wanted.dim()
+        shape[place] = count
+        positions = torch.arange(count, device=indices.device).reshape(shape)
+        return torch.where(wanted == positions, values[1], values[0])
+
+    return compute
+
+
+@operator("ReverseSequence")
+def reverse_sequence(node: Node) -> Compute:
+    """Reverse the first elements of each sequence, as many as its length says."""
+    batch, time = node.integer("batch_axis", 1), node.integer("time_axis", 0)
+
+    def compute(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        steps = torch.arange(x.shape[time], device=x.device)
+        ends = lengths.long().to(x.device)[:, None]
+        sources = torch.where(steps < ends, ends - 1 - steps, steps)  # [batch, time]
+        sources = sources if batch < time else sources.t()
+        return x.gather(
+            time, sources.reshape(*sources.shape, *[1] * (x.dim() - 2)).expand_as(x)
+        )
+
+    return compute
+
+
+@operator("Compress")
+def compress(node: Node) -> Compute:
+    """Keep the slices along an axis (or the elements) where a condition holds."""
+    axis = node.attributes.get("axis")
+
+    def compute(x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        kept = condition.nonzero().reshape(-1)
+        return x.reshape(-1)[kept] if axis is None else x.index_select(axis, kept)
+
+    return compute
+
+
+@operator("NonZero")
+def non_zero(node: Node) -> Compute:
+    """Indices of the elements other than zero, a column an element."""
+    return lambda x: x.nonzero().t()

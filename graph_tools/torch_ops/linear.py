@@ -9,6 +9,7 @@ from graph_tools.torch_ops.registry import Compute, Node, alias, operator
 
 __all__ = ["einsum", "gemm"]
 
+alias("Det", torch.linalg.det)
 alias("MatMul", torch.matmul)
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from graph_tools.torch_ops.dtypes import torch_type
 from graph_tools.torch_ops.registry import Compute, Node, alias, operator
 
-__all__ = ["is_inf"]
+__all__ = ["bit_cast", "bit_shift", "is_inf"]
 
 alias("And", torch.logical_and)
+alias("BitwiseAnd", torch.bitwise_and)
+alias("BitwiseNot", torch.bitwise_not)
+alias("BitwiseOr", torch.bitwise_or)
+alias("BitwiseXor", torch.bitwise_xor)
 alias("Equal", torch.eq)
 alias("Greater", torch.gt)
 alias("GreaterOrEqual", torch.ge)
@@ -30,3 +35,17 @@ def is_inf(node: Node) -> Compute:
     if positive:
         return torch.isposinf
     return torch.isneginf if negative else lambda x: torch.zeros_like(x, dtype=torch.bool)
+
+
+@operator("BitShift")
+def bit_shift(node: Node) -> Compute:
+    """Shift unsigned integers by as many bits as another tensor says."""
+    left = node.text("direction", "LEFT") == "LEFT"
+    return torch.bitwise_left_shift if left else torch.bitwise_right_shift
+
+
+@operator("BitCast")
+def bit_cast(node: Node) -> Compute:
+    """The same bits as another type of the same width."""
+    dtype = torch_type(node.attributes["to"])
+    return lambda x: x.contiguous().view(dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from graph_tools.torch_ops.dtypes import torch_type
 from graph_tools.torch_ops.registry import Compute, Node, operator
 
 __all__ = [
@@ -14,6 +15,9 @@ __all__ = [
     "instance_normalization",
     "layer_normalization",
     "local_response_normalization",
+    "lp_normalization",
+    "mean_variance_normalization",
+    "rms_normalization",
 ]
 
 
@@ -90,6 +94,48 @@ def layer_normalization(node: Node) -> Compute:
         axes = tuple(range(axis % x.dim(), x.dim()))
         variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
         return y, mean, torch.rsqrt(variance + epsilon)
+
+    return compute
+
+
+@operator("RMSNormalization")
+def rms_normalization(node: Node) -> Compute:
+    """Divide by the root of the mean square over the axes from ``axis`` on, then scale.
+
+    Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+    """
+    axis, epsilon = node.integer("axis", -1), node.number("epsilon", 1e-5)
+    stash = torch_type(node.integer("stash_type", 1))
+
+    def compute(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        axes = tuple(range(axis % x.dim(), x.dim()))
+        wide = x.to(torch.promote_types(x.dtype, stash))
+        inverse = torch.rsqrt(wide.square().mean(axes, keepdim=True) + epsilon)
+        return (wide * inverse).to(x.dtype) * scale
+
+    return compute
+
+
+@operator("LpNormalization")
+def lp_normalization(node: Node) -> Compute:
+    """Divide by the norm along an axis; zeros stay zeros."""
+    axis, p = node.integer("axis", -1), node.integer("p", 2)
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        norm = torch.linalg.vector_norm(x, p, axis, keepdim=True)
+        return x / torch.where(norm == 0, 1.0, norm)
+
+    return compute
+
+
+@operator("MeanVarianceNormalization")
+def mean_variance_normalization(node: Node) -> Compute:
+    """Subtract the mean and divide by the standard deviation over some axes."""
+    axes = node.integers("axes") or (0, 2, 3)
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+        return (x - mean) / (variance.sqrt() + 1e-9)  # epsilon of the function's definition
 
     return compute
 

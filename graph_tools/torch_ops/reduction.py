@@ -8,7 +8,7 @@ import torch
 
 from graph_tools.torch_ops.registry import OPERATORS, Compute, Node, Operator, operator
 
-__all__ = ["arg_max", "arg_min", "cumulative_sum"]
+__all__ = ["arg_max", "arg_min", "cumulative_product", "cumulative_sum"]
 
 Axes = tuple[int, ...]
 Reduce = Callable[[torch.Tensor, Axes, bool], torch.Tensor]
@@ -112,12 +112,10 @@ def arg_min(node: Node) -> Compute:
     return _arg_extreme(node, torch.argmin)
 
 
-@operator("CumSum", host=(1,))
-def cumulative_sum(node: Node) -> Compute:
-    """Running sum along an axis.
-
-    From the end with ``reverse``; without the element itself with ``exclusive``.
-    """
+def _cumulative(
+    node: Node, run: Callable[[torch.Tensor, int], torch.Tensor], neutral: float
+) -> Compute:
+    """Run along an axis: from the end with ``reverse``, without the element if exclusive."""
     axis_input = node.ints_input(1)
     exclusive, reverse = node.flag("exclusive"), node.flag("reverse")
 
@@ -126,9 +124,21 @@ def cumulative_sum(node: Node) -> Compute:
         x = x.flip(axis) if reverse else x
         if exclusive:
             size = x.shape[axis]
-            zeros = torch.zeros_like(x.narrow(axis, 0, min(1, size)))
-            x = torch.cat([zeros, x.narrow(axis, 0, max(size - 1, 0))], axis)
-        sums = x.cumsum(axis, dtype=x.dtype)
-        return sums.flip(axis) if reverse else sums
+            first = torch.full_like(x.narrow(axis, 0, min(1, size)), neutral)
+            x = torch.cat([first, x.narrow(axis, 0, max(size - 1, 0))], axis)
+        result = run(x, axis)
+        return result.flip(axis) if reverse else result
 
     return compute
+
+
+@operator("CumSum", host=(1,))
+def cumulative_sum(node: Node) -> Compute:
+    """Running sum along an axis."""
+    return _cumulative(node, lambda x, axis: x.cumsum(axis, dtype=x.dtype), 0)
+
+
+@operator("CumProd", host=(1,))
+def cumulative_product(node: Node) -> Compute:
+    """Running product along an axis."""
+    return _cumulative(node, lambda x, axis: x.cumprod(axis, dtype=x.dtype), 1)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
@@ -14,48 +13,22 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from docs.onnx_cases import (
+    EXCLUDED,
+    check_case,
+    missing_operators,
+    node_cases,
+    reason_for,
+)
 from graph_tools.errors import ModelError
 from graph_tools.torch_graph import TorchGraph
 from graph_tools.torch_ops import OPERATORS
 from graph_tools.torch_ops.dtypes import to_tensor, torch_type
 
-with warnings.catch_warnings():  # making the cases divides by zero on purpose
-    warnings.simplefilter("ignore")
-    from onnx.backend.test.case.test_case import TestCase as NodeCase
-    from onnx.backend.test.loader import load_model_tests
-
-    ALL_CASES = load_model_tests(kind="node")
-
-# Reason -> names of node tests (fnmatch patterns) that fail for it; a test that passes is no
-# longer excused.
-EXCLUDED: dict[str, tuple[str, ...]] = {
-    "torch has no arithmetic on uint16, uint32 and uint64": tuple(
-        f"test_{name}_uint{bits}*"
-        for name in "add div greater greater_equal less less_equal max min mod sub".split()
-        for bits in (16, 32, 64)
-    ),
-    "torch has no 4-bit float": ("*FLOAT4E2M1*", "*_float4e2m1"),
-    "torch casts no other type to exponent-only floats": ("*_FLOAT8E8M0*",),
-    "2- and 4-bit integers are kept in bytes, a cast to them does not wrap around": tuple(
-        f"test_cast*_FLOAT*_to_{name}*" for name in ("INT2", "INT4", "UINT2", "UINT4")
-    ),
-    "torch's cast to float8_e4m3fn always saturates": (
-        "*_no_saturate_*_FLOAT8E4M3FN",
-        "*_no_saturate_*_FLOAT8E4M3FN_expanded",
-    ),
-    "torch has no strings": ("test_equal_string*",),
-    "training mode is refused": ("*_training_mode", "test_training_dropout*"),
-    "older than opset 13": ("test_dropout_*_old", "test_dynamicquantizelinear*_expanded"),
-    "sums of 16-bit floats depend on the order": (
-        "test_attention_4d_causal_bf16_expanded",
-        "test_attention_4d_causal_fp16_expanded",
-        "test_attention_4d_padded_kv_bf16_expanded",
-        "test_attention_4d_causal_padded_kv_bf16_expanded",
-        "test_attention_4d_attn_mask_causal_bf16_expanded",
-        "test_attention_3d_causal_bf16_expanded",
-    ),
+CASES = {
+    name: case for name, case in node_cases().items() if not missing_operators(case.model)
 }
-EXCLUDED_COUNTS = (36, 14, 4, 24, 6, 2, 8, 5, 6)
+EXCLUDED_COUNTS = (43, 14, 4, 24, 6, 2, 8, 5, 12, 2)
 
 REQUIRED = set(
     """
@@ -69,18 +42,12 @@ REQUIRED = set(
     ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize Round Selu Shape Sigmoid
     Sign Sin Size Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Swish
     Tanh ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Where Xor
+    AffineGrid Attention CenterCropPad Col2Im Compress CumProd DFT DeformConv Det EyeLike GRU
+    GridSample Hardmax LSTM LpNormalization LpPool MaxUnpool MeanVarianceNormalization
+    NonMaxSuppression NonZero OneHot RMSNormalization RNN ReverseSequence RoiAlign
+    RotaryEmbedding ScatterElements ScatterND Shrink TensorScatter Unique
     """.split()
 )
-
-
-def _is_selected(case: NodeCase) -> bool:
-    """Tell whether all of a case's operators are registered (nothing else is left out)."""
-    model = case.model
-    return (
-        model is not None
-        and not model.functions
-        and all(node.op_type in OPERATORS and not node.domain for node in model.graph.node)
-    )
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -92,79 +59,34 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-CASES = {case.name: case for case in ALL_CASES if _is_selected(case)}
-
-
-def _reason(name: str) -> str | None:
-    """Return why a case is excluded, None if it must pass."""
-    for reason, patterns in EXCLUDED.items():
-        if any(fnmatchcase(name, pattern) for pattern in patterns):
-            return reason
-    return None
-
-
 def _parameters() -> list[Any]:
     parameters = []
     for name in CASES:
-        reason = _reason(name)
+        reason = reason_for(name)
         marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
         parameters.append(pytest.param(name, marks=marks, id=name[5:]))
     return parameters
 
 
-def _proto(value: Any) -> TensorProto:
-    return (
-        value if isinstance(value, TensorProto) else numpy_helper.from_array(np.asarray(value))
-    )
-
-
-def _tensor(value: Any) -> torch.Tensor:
-    return to_tensor(numpy_helper.to_array(_proto(value)))
-
-
-def _check(
-    case: NodeCase, graph: TorchGraph, inputs: Sequence[Any], wanted: Sequence[Any]
-) -> None:
-    results = graph(*[_tensor(value) for value in inputs])
-    for name, value in zip(graph.output_names, wanted, strict=True):
-        expected, result = _tensor(value), results[name]
-        assert result.dtype == expected.dtype, name
-        assert result.shape == expected.shape, name
-        if result.dtype.is_floating_point:
-            result, expected = result.double(), expected.double()
-        np.testing.assert_allclose(
-            result.detach().numpy(), expected.numpy(), rtol=case.rtol, atol=case.atol
-        )
-
-
 @pytest.mark.parametrize("name", _parameters())
 def test_node_case(name: str) -> None:
     """With every input fed, and with all but the first as constants, which builders may read."""
-    case = CASES[name]
-    for inputs, outputs in case.data_sets:
-        _check(case, TorchGraph(case.model), inputs, outputs)
-        constant = onnx.ModelProto()
-        constant.CopyFrom(case.model)
-        for value_info, value in list(zip(constant.graph.input, inputs, strict=True))[1:]:
-            initializer = constant.graph.initializer.add()
-            initializer.CopyFrom(_proto(value))
-            initializer.name = value_info.name
-        _check(case, TorchGraph(constant), inputs[:1], outputs)
+    check_case(CASES[name])
 
 
 def test_every_required_operator_has_a_case_of_its_own_that_must_pass() -> None:
     covered = {
         case.model.graph.node[0].op_type
         for name, case in CASES.items()
-        if len(case.model.graph.node) == 1 and _reason(name) is None
+        if len(case.model.graph.node) == 1 and reason_for(name) is None
     }
     assert REQUIRED - covered == set()
 
 
-def test_number_of_excluded_cases_by_reason() -> None:
+def test_number_of_excluded_cases_byreason_for() -> None:
     counts = {reason: 0 for reason in EXCLUDED}
     for name in CASES:
-        if reason := _reason(name):
+        if reason := reason_for(name):
             counts[reason] += 1
     assert tuple(counts.values()) == EXCLUDED_COUNTS
     used = {p for ps in EXCLUDED.values() for p in ps if any(fnmatchcase(n, p) for n in CASES)}
@@ -300,14 +222,138 @@ GRADIENT_CASES: list[tuple[str, dict[str, Any], list[Any]]] = [
         {"mode": "linear", "coordinate_transformation_mode": "tf_crop_and_resize"},
         [IMAGE, _n(0, 0, 0.1, -0.2, 1, 1, 0.8, 1.2), None, _i(1, 4, 3, 7)],
     ),
+    ("Shrink", {"bias": 0.1, "lambd": 0.3}, [F]),
+    ("SwiGLU", {"alpha": 0.7}, [F, F]),
+    ("RMSNormalization", {"axis": 1}, [F, (4,)]),
+    ("LpNormalization", {"axis": 1}, [F]),
+    ("LpNormalization", {"p": 1}, [F]),
+    ("MeanVarianceNormalization", {}, [IMAGE]),
+    ("LpPool", {"kernel_shape": [2, 3], "pads": [1, 0, 0, 1], "p": 3}, [IMAGE]),
+    ("LpPool", {"kernel_shape": [3, 3], "strides": [2, 2]}, [IMAGE]),
+    ("GlobalLpPool", {"p": 2}, [IMAGE]),
+    (
+        "MaxUnpool",
+        {"kernel_shape": [2], "strides": [2]},
+        [(1, 2, 2), _i(1, 2, 5, 6).reshape(1, 2, 2)],
+    ),
+    (
+        "Col2Im",
+        {"pads": [1, 0, 0, 1], "strides": [1, 2], "dilations": [2, 1]},
+        [(1, 8, 9), _i(4, 5), _i(2, 2)],
+    ),
+    ("CenterCropPad", {"axes": [1, -1]}, [F, _i(2, 7)]),
+    ("CumProd", {"reverse": 1}, [F, _i(1)]),
+    ("Det", {}, [(2, 3, 3)]),
+    ("ReverseSequence", {}, [(3, 2, 2), _i(2, 3)]),
+    ("Compress", {"axis": 1}, [F, np.array([True, False, True])]),
+    ("Unique", {}, [F]),
+    ("ScatterElements", {"axis": 1}, [F, np.array([[[-1], [0]]]), (1, 2, 1)]),
+    *[
+        (
+            name,
+            {"reduction": reduction},
+            [(4, 3), np.array([[3], [-3], [3]]) + 0 * columns, updates],
+        )
+        for name, columns, updates in (
+            ("ScatterElements", np.zeros((1, 3), np.int64), (3, 3)),
+            ("ScatterND", np.zeros((1, 1), np.int64), (3, 3)),
+        )
+        for reduction in ("add", "mul", "max", "min")
+    ],
+    ("ScatterND", {}, [F, np.array([[1, -1], [0, 2]]), (2, 4)]),
+    ("TensorScatter", {"mode": "circular"}, [(2, 3, 4), (2, 2, 4), _i(2, 1)]),
+    *[
+        (
+            "GridSample",
+            {"mode": mode, "padding_mode": padding, "align_corners": corners},
+            [IMAGE, (1, 2, 3, 2)],
+        )
+        for mode in ("linear", "cubic")
+        for padding in ("zeros", "border", "reflection")
+        for corners in (0, 1)
+    ],
+    (
+        "GridSample",
+        {"mode": "nearest"},
+        [IMAGE, _n(*np.linspace(-1.1, 0.9, 12)).reshape(1, 2, 3, 2)],
+    ),
+    ("GridSample", {"padding_mode": "border"}, [(1, 2, 3, 4, 3), (1, 2, 2, 1, 3)]),
+    ("GridSample", {"padding_mode": "reflection"}, [(1, 2, 5), (1, 4, 1)]),
+    ("GridSample", {"mode": "cubic"}, [(1, 1, 3, 3, 3), (1, 1, 1, 2, 3)]),
+    ("AffineGrid", {}, [(1, 2, 3), _i(1, 1, 3, 4)]),
+    (
+        "DeformConv",
+        {"pads": [1, 1, 0, 1], "strides": [2, 1], "offset_group": 2, "group": 2},
+        [IMAGE, (2, 2, 2, 2), (1, 16, 2, 6), (2,), (1, 8, 2, 6)],
+    ),
+    (
+        "RoiAlign",
+        {"output_height": 2, "output_width": 2, "spatial_scale": 0.7},
+        [IMAGE, _n(0.3, 0.6, 4.9, 4.2, -1.2, 0.1, 2.1, 3.3).reshape(2, 4), _i(0, 0)],
+    ),
+    (
+        "RoiAlign",
+        {"output_height": 2, "output_width": 1, "sampling_ratio": 3, "mode": "max"},
+        [IMAGE, _n(0.3, 0.6, 4.9, 4.2).reshape(1, 4), _i(0)],
+    ),
+    (
+        "MaxRoiPool",
+        {"pooled_shape": [2, 3], "spatial_scale": 0.6},
+        [IMAGE, _n(0, 0.3, 1.6, 4.9, 4.2, 0, -2.0, 4, 3, 9).reshape(2, 5)],
+    ),
+    ("Attention", {}, [(1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 2)]),
+    (
+        "Attention",
+        {"q_num_heads": 2, "kv_num_heads": 1, "is_causal": 1, "softcap": 2.0, "scale": 0.7},
+        [(1, 3, 4), (1, 3, 2), (1, 3, 3), (3, 3)],
+    ),
+    (
+        "Attention",
+        {"left_window_size": 1},
+        [(1, 1, 2, 2), (1, 1, 2, 2), (1, 1, 2, 2), None, (1, 1, 2, 2), (1, 1, 2, 2)],
+    ),
+    (
+        "RotaryEmbedding",
+        {"num_heads": 2, "rotary_embedding_dim": 2},
+        [(1, 2, 6), (3, 1), (3, 1), np.array([[2, 0]])],
+    ),
+    ("RotaryEmbedding", {"interleaved": 1}, [(1, 2, 3, 4), (1, 3, 2), (1, 3, 2)]),
+    (
+        "LinearAttention",
+        {"q_num_heads": 2, "kv_num_heads": 1},
+        [(1, 3, 4), (1, 3, 2), (1, 3, 2), None, (1, 3, 2), (1, 3, 1)],
+    ),
+    ("CausalConvWithState", {"activation": "silu"}, [(1, 2, 4), (2, 1, 3), (2,)]),
+    ("NegativeLogLikelihoodLoss", {}, [(2, 3), _i(2, 0), _f(3)]),
+    (
+        "SoftmaxCrossEntropyLoss",
+        {"reduction": "sum", "ignore_index": 1},
+        [F, np.arange(8).reshape(2, 4) % 3],
+    ),
+    ("DFT", {"onesided": 1}, [(1, 5, 1), None, np.array(1)]),
+    ("DFT", {"inverse": 1}, [(1, 4, 2)]),
+    ("STFT", {}, [(1, 9, 1), np.array(2), (4,)]),
+    ("RNN", {"hidden_size": 2, "direction": "reverse"}, [(3, 1, 2), (1, 2, 2), (1, 2, 2)]),
+    (
+        "GRU",
+        {"hidden_size": 2, "direction": "bidirectional", "linear_before_reset": 1},
+        [(3, 2, 1), (2, 6, 1), (2, 6, 2), (2, 12), np.array([3, 2], np.int32)],
+    ),
+    (
+        "LSTM",
+        {"hidden_size": 1, "layout": 1},
+        [(1, 3, 2), (1, 4, 2), (1, 4, 1), (1, 8), None, (1, 1, 1), (1, 1, 1), (1, 3)],
+    ),
 ]
 
 WITHOUT_GRADIENT = {
-    "comparisons and logic": """And Equal Greater GreaterOrEqual IsInf IsNaN Less
-    LessOrEqual Not Or Xor""",
-    "integers out": "ArgMax ArgMin Shape Size QuantizeLinear DequantizeLinear",
-    "no float input": "Constant ConstantOfShape Range",
-    "steps, of gradient zero": "Ceil Floor Round Sign",
+    "comparisons and logic": """And BitCast BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor
+    Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Not Or Xor""",
+    "integers out": """ArgMax ArgMin DequantizeLinear EyeLike NonMaxSuppression NonZero
+    QuantizeLinear Shape Size""",
+    "no float input": """BlackmanWindow Constant ConstantOfShape HammingWindow HannWindow OneHot
+    Range""",
+    "steps, of gradient zero": "Ceil Floor Hardmax Round Sign",
 }
 
 
@@ -329,7 +375,7 @@ def _graph(op_type: str, attributes: dict[str, Any], inputs: list[Any]) -> onnx.
     node = helper.make_node(op_type, names, outputs, **options)
     results = [helper.make_empty_tensor_value_info(name) for name in outputs]
     graph = helper.make_graph([node], "gradient", infos, results, initializers)
-    opset = 24 if op_type == "Swish" else 21
+    opset = 21 if onnx.defs.has(op_type, 21) else onnx.defs.get_schema(op_type).since_version
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
 
 
@@ -369,7 +415,7 @@ def test_gradient_equals_finite_differences(
         assert torch.equal(tensor, copy)  # no operator may write to its input
 
 
-def test_every_operator_has_a_gradient_case_or_a_reason() -> None:
+def test_every_operator_has_a_gradient_case_or_areason_for() -> None:
     excused = {name for names in WITHOUT_GRADIENT.values() for name in names.split()}
     assert set(OPERATORS) - {case[0] for case in GRADIENT_CASES} == excused
 

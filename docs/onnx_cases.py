@@ -1,0 +1,145 @@
+"""The backend tests that ship with the onnx package, run through TorchGraph.
+
+Used by the tests and by ``make_operators.py``, which writes ``operators.md`` from them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, numpy_helper
+
+from graph_tools.torch_graph import TorchGraph
+from graph_tools.torch_ops import OPERATORS
+from graph_tools.torch_ops.dtypes import to_tensor
+
+with warnings.catch_warnings():  # making the cases divides by zero on purpose
+    warnings.simplefilter("ignore")
+    from onnx.backend.test.case.test_case import TestCase as OnnxCase
+    from onnx.backend.test.loader import load_model_tests
+
+__all__ = [
+    "EXCLUDED",
+    "OnnxCase",
+    "check_case",
+    "missing_operators",
+    "node_cases",
+    "reason_for",
+]
+
+EXCLUDED: dict[str, tuple[str, ...]] = {
+    "torch has no arithmetic on uint16, uint32 and uint64": (
+        "test_bitwise_not_3d",
+        *(
+            f"test_{name}_uint{bits}*"
+            for name in "add bitshift_left bitshift_right div greater greater_equal less "
+            "less_equal max min mod sub".split()
+            for bits in (16, 32, 64)
+        ),
+    ),
+    "torch has no 4-bit float": ("*FLOAT4E2M1*", "*_float4e2m1"),
+    "torch casts no other type to exponent-only floats": ("*_FLOAT8E8M0*",),
+    "2- and 4-bit integers are kept in bytes, a cast to them does not wrap around": tuple(
+        f"test_cast*_FLOAT*_to_{name}*" for name in ("INT2", "INT4", "UINT2", "UINT4")
+    ),
+    "torch's cast to float8_e4m3fn always saturates": (
+        "*_no_saturate_*_FLOAT8E4M3FN",
+        "*_no_saturate_*_FLOAT8E4M3FN_expanded",
+    ),
+    "torch has no strings": ("test_equal_string*",),
+    "training mode is refused": ("*_training_mode", "test_training_dropout*"),
+    "older than opset 13": ("test_dropout_*_old", "test_dynamicquantizelinear*_expanded"),
+    "one step of a 16-bit float is more than the tolerance, and sums depend on the order": tuple(
+        f"test_attention_{name}{form}"
+        for name in (
+            "3d_causal_bf16",
+            "4d_attn_mask_causal_bf16",
+            "4d_causal_bf16",
+            "4d_causal_fp16",
+            "4d_causal_padded_kv_bf16",
+            "4d_padded_kv_bf16",
+        )
+        for form in ("", "_expanded")
+    ),
+    "zero expected up to rounding errors that exceed the tolerance": (
+        "test_dft_inverse",
+        "test_dft_inverse_opset19",
+    ),
+}
+"""Why -> names of node tests (patterns) that fail for it; one that passes is not excused."""
+
+
+@lru_cache
+def node_cases() -> dict[str, OnnxCase]:
+    """Return all node tests of the installed onnx package that have a model, by name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cases = load_model_tests(kind="node")
+    return {case.name: case for case in cases if case.model is not None}
+
+
+def reason_for(name: str) -> str | None:
+    """Return why a node test is expected to fail, None if it must pass."""
+    for reason, patterns in EXCLUDED.items():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            return reason
+    return None
+
+
+def missing_operators(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Return the operators of a model that TorchGraph does not have."""
+    names = {
+        f"{node.domain}:{node.op_type}" if node.domain else node.op_type
+        for node in model.graph.node
+        if node.domain or node.op_type not in OPERATORS
+    }
+    return tuple(sorted(names | {f"{f.domain}:{f.name}" for f in model.functions}))
+
+
+def check_case(case: OnnxCase) -> None:
+    """Run a node test with every input fed, and with all but the first as constants.
+
+    Raises:
+        AssertionError: a result differs in type, shape or value from what ONNX expects.
+    """
+    for inputs, outputs in case.data_sets:
+        _check(case, TorchGraph(case.model), inputs, outputs)
+        constant = onnx.ModelProto()
+        constant.CopyFrom(case.model)
+        for value_info, value in list(zip(constant.graph.input, inputs, strict=True))[1:]:
+            initializer = constant.graph.initializer.add()
+            initializer.CopyFrom(_proto(value))
+            initializer.name = value_info.name
+        _check(case, TorchGraph(constant), inputs[:1], outputs)
+
+
+def _proto(value: Any) -> TensorProto:
+    return (
+        value if isinstance(value, TensorProto) else numpy_helper.from_array(np.asarray(value))
+    )
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    return to_tensor(numpy_helper.to_array(_proto(value)))
+
+
+def _check(
+    case: OnnxCase, graph: TorchGraph, inputs: Sequence[Any], wanted: Sequence[Any]
+) -> None:
+    results = graph(*[_tensor(value) for value in inputs])
+    for name, value in zip(graph.output_names, wanted, strict=True):
+        expected, result = _tensor(value), results[name]
+        assert result.dtype == expected.dtype, name
+        assert result.shape == expected.shape, name
+        if result.dtype.is_floating_point:
+            result, expected = result.double(), expected.double()
+        np.testing.assert_allclose(
+            result.detach().numpy(), expected.numpy(), rtol=case.rtol, atol=case.atol
+        )
