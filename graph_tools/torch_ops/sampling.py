@@ -158,6 +158,6 @@ def _kernel_positions(window: Window, outputs: torch.Size, like: torch.Tensor) -
         shape = [1] * (2 * rank)
         shape[axis], shape[rank + axis] = positions.shape
         shaped.append(positions.reshape(shape))
-    full = torch.broadcast_shapes(*[positions.shape for positions in shaped])
+    full = (*window.kernel, *outputs)
     flat = [positions.expand(full).reshape(-1) for positions in shaped]
     return torch.stack(flat, -1).to(like.dtype)

@@ -61,7 +61,8 @@ def fourier_transform(node: Node) -> Compute:
         (count,) = length_input(length) or (None,)
         if inverse and onesided:
             signal = torch.view_as_complex(x.contiguous())
-            return torch.fft.irfft(signal, count, along).unsqueeze(-1)
+            real: torch.Tensor = torch.fft.irfft(signal, count, along)
+            return real.unsqueeze(-1)
         if x.shape[-1] == 2:
             signal = torch.view_as_complex(x.contiguous())
         else:

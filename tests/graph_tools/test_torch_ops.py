@@ -309,7 +309,7 @@ GRADIENT_CASES: list[tuple[str, dict[str, Any], list[Any]]] = [
     ),
     (
         "Attention",
-        {"left_window_size": 1},
+        {"left_window_size": 1, "outputs": 3},
         [(1, 1, 2, 2), (1, 1, 2, 2), (1, 1, 2, 2), None, (1, 1, 2, 2), (1, 1, 2, 2)],
     ),
     (
@@ -450,9 +450,11 @@ RUNTIME_CASES: list[tuple[str, dict[str, Any], list[Any]]] = [
     if case[0]
     not in ("Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Cosh", "Sinh", "Tan")
     and case[0] not in ("CastLike", "Swish")  # not in onnxruntime's CPU kernels
+    and case[0] not in ("CausalConvWithState", "LinearAttention", "SwiGLU")  # newer than it
+    and not case[1].keys() & {"layout", "left_window_size"}
+    and (case[0] != "GridSample" or case[2][0] in (IMAGE, (1, 2, 3, 4, 3)))
     and not case[1].get("positive")
     and case[1].get("mode") != "wrap"
-    and len([given for given in case[2] if isinstance(given, tuple)]) == 1
 ] + [
     ("Conv", {"auto_pad": "SAME_UPPER", "strides": [2, 3]}, [(1, 3, 11, 12), _f(4, 3, 4, 3)]),
     ("Conv", {"auto_pad": "VALID", "strides": [2, 3]}, [(1, 3, 11, 12), _f(4, 3, 4, 3)]),
@@ -543,12 +545,37 @@ def test_result_equals_onnxruntime(
     op_type: str, attributes: dict[str, Any], inputs: list[Any]
 ) -> None:
     proto = _graph(op_type, attributes, inputs)
-    shape = next(given for given in inputs if isinstance(given, tuple))
-    x = _away_from_kinks(shape, positive=False, seed=3).float()
-    expected = _onnxruntime(proto, x.numpy())
-    for result, wanted in zip(TorchGraph(proto)(x).values(), expected, strict=True):
+    shapes = [given for given in inputs if isinstance(given, tuple)]
+    tensors = [
+        _away_from_kinks(shape, positive=False, seed=3 + seed).float()
+        for seed, shape in enumerate(shapes)
+    ]
+    expected = _onnxruntime(proto, *[x.numpy() for x in tensors])
+    for result, wanted in zip(TorchGraph(proto)(*tensors).values(), expected, strict=True):
         # float32 on both sides, sums of at most 100 products
         np.testing.assert_allclose(result.numpy(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("center_point_box", [0, 1])
+@pytest.mark.parametrize("ties", [False, True])
+def test_suppression_selects_what_onnxruntime_selects(
+    center_point_box: int, ties: bool
+) -> None:
+    generator = np.random.default_rng(1)
+    boxes = generator.random((2, 60, 4), dtype=np.float32)
+    boxes[:, ::7, 2:] = boxes[:, ::7, :2]  # some without area
+    scores = generator.random((2, 3, 60), dtype=np.float32)
+    scores = np.round(scores, 1) if ties else scores
+    options = [_i(5), _n(0.3), _n(0.4)]
+    proto = _graph(
+        "NonMaxSuppression",
+        {"center_point_box": center_point_box},
+        [boxes.shape, scores.shape, *options],
+    )
+    (expected,) = _onnxruntime(proto, boxes, scores)
+    (result,) = TorchGraph(proto)(torch.from_numpy(boxes), torch.from_numpy(scores)).values()
+    assert len(expected) > 10
+    np.testing.assert_array_equal(result.numpy(), expected)
 
 
 @pytest.mark.parametrize(
