@@ -1,14 +1,17 @@
 """The backend tests that ship with the onnx package, run through TorchGraph.
 
-Used by the tests and by ``make_operators.py``, which writes ``operators.md`` from them.
+Node tests are single operators, run as they are. Model tests are small files of old exporters:
+those with one image input take the way of a user's file, the others are converted to the opset
+of the normal form. Used by the tests and by ``make_operators.py``.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,9 @@ import onnx
 import torch
 from onnx import TensorProto, numpy_helper
 
+from graph_tools.model import load
+from graph_tools.opset import to_opset, to_running_opset
+from graph_tools.passes import constants_to_initializers, drop_initializer_inputs
 from graph_tools.torch_graph import TorchGraph
 from graph_tools.torch_ops import OPERATORS
 from graph_tools.torch_ops.dtypes import to_tensor
@@ -27,12 +33,20 @@ with warnings.catch_warnings():  # making the cases divides by zero on purpose
 
 __all__ = [
     "EXCLUDED",
+    "EXCLUDED_MODELS",
+    "MODEL_KINDS",
     "OnnxCase",
     "check_case",
+    "check_model_case",
+    "has_image_input",
     "missing_operators",
+    "model_cases",
+    "model_of",
     "node_cases",
     "reason_for",
 ]
+
+MODEL_KINDS = ("pytorch-converted", "pytorch-operator", "simple")
 
 EXCLUDED: dict[str, tuple[str, ...]] = {
     "torch has no arithmetic on uint16, uint32 and uint64": (
@@ -76,6 +90,14 @@ EXCLUDED: dict[str, tuple[str, ...]] = {
 """Why -> names of node tests (patterns) that fail for it; one that passes is not excused."""
 
 
+EXCLUDED_MODELS: dict[str, tuple[str, ...]] = {
+    "sequences are no tensors": ("test_sequence_model*",),
+    "strings are no numbers": ("test_strnorm_model_*",),
+    "asks for gradients, in a training domain": ("test_gradient_of_*",),
+}
+"""The same for the model tests."""
+
+
 @lru_cache
 def node_cases() -> dict[str, OnnxCase]:
     """Return all node tests of the installed onnx package that have a model, by name."""
@@ -85,9 +107,21 @@ def node_cases() -> dict[str, OnnxCase]:
     return {case.name: case for case in cases if case.model is not None}
 
 
-def reason_for(name: str) -> str | None:
-    """Return why a node test is expected to fail, None if it must pass."""
-    for reason, patterns in EXCLUDED.items():
+@lru_cache
+def model_cases() -> dict[str, tuple[str, OnnxCase]]:
+    """Return kind and case of all model tests of the kinds in ``MODEL_KINDS``, by name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {
+            case.name: (kind, case)
+            for kind in MODEL_KINDS
+            for case in load_model_tests(kind=kind)
+        }
+
+
+def reason_for(name: str, excluded: Mapping[str, tuple[str, ...]] = EXCLUDED) -> str | None:
+    """Return why a test is expected to fail, None if it must pass."""
+    for reason, patterns in excluded.items():
         if any(fnmatchcase(name, pattern) for pattern in patterns):
             return reason
     return None
@@ -118,6 +152,55 @@ def check_case(case: OnnxCase) -> None:
             initializer.CopyFrom(_proto(value))
             initializer.name = value_info.name
         _check(case, TorchGraph(constant), inputs[:1], outputs)
+
+
+def model_of(case: OnnxCase) -> onnx.ModelProto:
+    """Return the model of a case, from its folder if it has one."""
+    if case.model is not None:
+        return case.model
+    return onnx.load(str(Path(case.model_dir) / "model.onnx"))
+
+
+def has_image_input(model: onnx.ModelProto) -> bool:
+    """Tell whether a model's only input is a float tensor of rank 4."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    inputs = [
+        value.type.tensor_type for value in model.graph.input if value.name not in constants
+    ]
+    return (
+        len(inputs) == 1
+        and inputs[0].elem_type == TensorProto.FLOAT
+        and len(inputs[0].shape.dim) == 4
+    )
+
+
+def check_model_case(case: OnnxCase) -> None:
+    """Run a model test from its file.
+
+    Raises:
+        AssertionError: a result differs in type, shape or value from what ONNX expects.
+        ZsqError: the model is refused.
+    """
+    model = model_of(case)
+    if has_image_input(model):
+        proto = load(Path(case.model_dir) / "model.onnx").proto
+    else:
+        model = to_running_opset(model, where=case.name)
+        drop_initializer_inputs(model.graph)
+        constants_to_initializers(model.graph)
+        proto = to_opset(model, where=case.name)
+    for inputs, outputs in case.data_sets or _stored_data(case):
+        _check(case, TorchGraph(proto), inputs, outputs)
+
+
+def _stored_data(case: OnnxCase) -> list[tuple[list[TensorProto], list[TensorProto]]]:
+    folders = sorted(Path(case.model_dir).glob("test_data_set_*"))
+    return [(_stored(folder, "input"), _stored(folder, "output")) for folder in folders]
+
+
+def _stored(folder: Path, what: str) -> list[TensorProto]:
+    count = len(list(folder.glob(f"{what}_*.pb")))
+    return [onnx.load_tensor(str(folder / f"{what}_{index}.pb")) for index in range(count)]
 
 
 def _proto(value: Any) -> TensorProto:

@@ -64,7 +64,7 @@ def load(
     """Read an ONNX file into the normal form.
 
     Args:
-        path: an .onnx file of opset 7 or newer, external data beside it.
+        path: an .onnx file of opset 6 or newer, external data beside it.
         input_shape: four numbers, batch first, for inputs whose height, width or channels the
             file leaves free.
         layout: overrides the layout detected from the graph.

@@ -27,6 +27,7 @@ from graph_tools.opset import (
     check_versions,
     opset_version,
     to_opset,
+    to_running_opset,
 )
 from graph_tools.passes import (
     check_inference_mode,
@@ -81,6 +82,8 @@ def normalize(
         SettingsError: an `input_shape` that is not four positive numbers.
     """
     check_versions(original, where=where)
+    version = opset_version(original)
+    original = to_running_opset(original, where=where)
     check_operators(original, where=where)
     check_weights(original, where=where)
     check_inference_mode(original, where=where)
@@ -93,7 +96,6 @@ def normalize(
     if any(True for node in proto.graph.node for _ in subgraphs(node)):
         proto = resolve_shapes(proto, batches=_own_batches(image))
         _refuse_subgraphs(proto)
-    version = opset_version(original)
     _name_last_axes(proto, image)
     proto = to_opset(proto, where=where)
     if version != OPSET:

@@ -15,6 +15,7 @@ from onnx.defs import OpSchema, SchemaError
 
 from graph_tools.errors import ModelError, UnsupportedOperatorError
 from graph_tools.quiet import quiet
+from graph_tools.shapes import infer
 from graph_tools.walk import all_nodes
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "check_versions",
     "opset_version",
     "to_opset",
+    "to_running_opset",
 ]
 
 OPSET = 21
@@ -33,8 +35,11 @@ OPSET = 21
 IR_VERSION = 10
 """IR version of the normal form: what runtimes of the same age as the opset read."""
 
-OLDEST_OPSET = 7
+OLDEST_OPSET = 6
 OLDEST_IR = 3
+
+_OLDEST_RUNNING = 7
+"""The oldest opset that onnxruntime runs."""
 
 _RESIZE_MODES = 11  # the opset that gave Resize its coordinate modes
 
@@ -128,15 +133,53 @@ def to_opset(proto: onnx.ModelProto, *, where: str) -> onnx.ModelProto:
     return result
 
 
-def _convert(proto: onnx.ModelProto, version: int, *, where: str) -> onnx.ModelProto:
+def to_running_opset(proto: onnx.ModelProto, *, where: str) -> onnx.ModelProto:
+    """Return `proto` itself, or at an opset that onnxruntime runs if it is older.
+
+    Raises:
+        ModelError: the conversion fails.
+    """
+    version = opset_version(proto)
+    if version >= _OLDEST_RUNNING:
+        return proto
+    result = onnx.ModelProto()
+    result.CopyFrom(proto)
+    result.ir_version = max(
+        result.ir_version, 4
+    )  # the converter's own constants are no inputs
+    _shape_slopes(result)
+    return _convert(result, version, where=where, target=_OLDEST_RUNNING)
+
+
+def _shape_slopes(proto: onnx.ModelProto) -> None:
+    """Let PRelu's slopes, one a channel before opset 7, broadcast as they do since."""
+    types, constants = infer(proto), {t.name: t for t in proto.graph.initializer}
+    for node in proto.graph.node:
+        if node.op_type != "PRelu" or node.input[1] not in constants:
+            continue
+        slope, given = constants[node.input[1]], types.get(node.input[0])
+        shape = None if given is None else given.shape
+        if shape is None or list(slope.dims) in ([], [1]) or len(slope.dims) > 1:
+            continue
+        shaped = onnx.TensorProto()
+        shaped.CopyFrom(slope)
+        shaped.name = f"{node.output[0]}/slope"
+        shaped.dims.extend([1] * (len(shape) - 2))
+        proto.graph.initializer.append(shaped)
+        node.input[1] = shaped.name
+
+
+def _convert(
+    proto: onnx.ModelProto, version: int, *, where: str, target: int = OPSET
+) -> onnx.ModelProto:
     del proto.opset_import[:]
     proto.opset_import.append(helper.make_opsetid("", version))
     try:
         with quiet():
-            return version_converter.convert_version(proto, OPSET)
+            return version_converter.convert_version(proto, target)
     except Exception as error:
         raise ModelError(
-            f"opset {version} cannot be converted to {OPSET}: {_first_line(error)}",
+            f"opset {version} cannot be converted to {target}: {_first_line(error)}",
             where=where,
             hint="export again with opset_version=17",
         ) from error

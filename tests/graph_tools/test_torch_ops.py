@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
@@ -15,8 +15,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from docs.onnx_cases import (
     EXCLUDED,
+    EXCLUDED_MODELS,
     check_case,
+    check_model_case,
+    has_image_input,
     missing_operators,
+    model_cases,
+    model_of,
     node_cases,
     reason_for,
 )
@@ -59,19 +64,32 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def _parameters() -> list[Any]:
+def _parameters(names: Iterable[str], excluded: Mapping[str, tuple[str, ...]]) -> list[Any]:
     parameters = []
-    for name in CASES:
-        reason = reason_for(name)
+    for name in names:
+        reason = reason_for(name, excluded)
         marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
         parameters.append(pytest.param(name, marks=marks, id=name[5:]))
     return parameters
 
 
-@pytest.mark.parametrize("name", _parameters())
+@pytest.mark.parametrize("name", _parameters(CASES, EXCLUDED))
 def test_node_case(name: str) -> None:
     """With every input fed, and with all but the first as constants, which builders may read."""
     check_case(CASES[name])
+
+
+@pytest.mark.parametrize("name", _parameters(model_cases(), EXCLUDED_MODELS))
+def test_model_case(name: str) -> None:
+    """Files of old exporters, those with an image input by the way of a user's file."""
+    check_model_case(model_cases()[name][1])
+
+
+def test_number_of_model_cases() -> None:
+    by_load = [
+        name for name, (_, case) in model_cases().items() if has_image_input(model_of(case))
+    ]
+    assert (len(by_load), len(model_cases())) == (42, 140)
 
 
 def test_every_required_operator_has_a_case_of_its_own_that_must_pass() -> None:
