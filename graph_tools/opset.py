@@ -15,7 +15,7 @@ from onnx.defs import OpSchema, SchemaError
 
 from graph_tools.errors import ModelError, UnsupportedOperatorError
 from graph_tools.quiet import quiet
-from graph_tools.shapes import infer
+from graph_tools.shapes import infer, set_shape
 from graph_tools.walk import all_nodes
 
 __all__ = [
@@ -209,10 +209,7 @@ def _set_resize_modes(graph: onnx.GraphProto) -> None:
 def _lower(proto: onnx.ModelProto, version: int, *, where: str) -> onnx.ModelProto:
     newer = {n.op_type for n in all_nodes(proto) if _schema(n.op_type, OPSET) is None}
     if newer:
-        with quiet():
-            proto = inliner.inline_selected_functions(
-                proto, [("", name) for name in sorted(newer)], inline_schema_functions=True
-            )
+        proto = _write_out(proto, version, newer, where=where)
         missing = [n.op_type for n in all_nodes(proto) if _schema(n.op_type, OPSET) is None]
         if missing:
             raise UnsupportedOperatorError(tuple(missing), where=where)
@@ -222,6 +219,47 @@ def _lower(proto: onnx.ModelProto, version: int, *, where: str) -> onnx.ModelPro
             _drop_newer_attributes(node)
         return proto
     return _convert(proto, version, where=where)
+
+
+def _write_out(
+    proto: onnx.ModelProto, version: int, operators: set[str], *, where: str
+) -> onnx.ModelProto:
+    """Replace operators by the function bodies that ONNX defines for them, if it does.
+
+    Many bodies depend on the types of the inputs, those of weights included; and the inliner
+    does not fill in defaults of attributes.
+    """
+    for node in all_nodes(proto):
+        if node.op_type in operators:
+            _set_defaults(node, version)
+    types = infer(proto)
+    del proto.graph.value_info[:]
+    for name, known in types.items():
+        if known.elem_type:
+            set_shape(proto.graph.value_info.add(name=name), known.elem_type, known.shape)
+    names = [("", name) for name in sorted(operators)]
+    try:
+        with quiet():
+            proto = inliner.inline_selected_functions(
+                proto, names, inline_schema_functions=True
+            )
+    except RuntimeError as error:
+        raise ModelError(
+            f"{', '.join(name for _, name in names)} cannot be written out: "
+            f"{_first_line(error)}",
+            where=where,
+            hint=f"export again with an opset of at most {OPSET}",
+        ) from error
+    del proto.graph.value_info[:]
+    return proto
+
+
+def _set_defaults(node: onnx.NodeProto, version: int) -> None:
+    schema = _schema(node.op_type, version)
+    given = {attribute.name for attribute in node.attribute}
+    for name, attribute in ({} if schema is None else schema.attributes).items():
+        if name not in given and attribute.default_value.name:
+            node.attribute.add().CopyFrom(attribute.default_value)
 
 
 def _fits(node: onnx.NodeProto, version: int) -> bool:
