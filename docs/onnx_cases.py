@@ -35,10 +35,13 @@ __all__ = [
     "EXCLUDED",
     "EXCLUDED_MODELS",
     "MODEL_KINDS",
+    "UNSUPPORTED",
+    "WITHOUT_GRADIENT",
     "OnnxCase",
     "check_case",
     "check_model_case",
     "has_image_input",
+    "is_float_and_static",
     "missing_operators",
     "model_cases",
     "model_of",
@@ -60,13 +63,6 @@ EXCLUDED: dict[str, tuple[str, ...]] = {
     ),
     "torch has no 4-bit float": ("*FLOAT4E2M1*", "*_float4e2m1"),
     "torch casts no other type to exponent-only floats": ("*_FLOAT8E8M0*",),
-    "2- and 4-bit integers are kept in bytes, a cast to them does not wrap around": tuple(
-        f"test_cast*_FLOAT*_to_{name}*" for name in ("INT2", "INT4", "UINT2", "UINT4")
-    ),
-    "torch's cast to float8_e4m3fn always saturates": (
-        "*_no_saturate_*_FLOAT8E4M3FN",
-        "*_no_saturate_*_FLOAT8E4M3FN_expanded",
-    ),
     "torch has no strings": ("test_equal_string*",),
     "training mode is refused": ("*_training_mode", "test_training_dropout*"),
     "older than opset 13": ("test_dropout_*_old", "test_dynamicquantizelinear*_expanded"),
@@ -96,6 +92,34 @@ EXCLUDED_MODELS: dict[str, tuple[str, ...]] = {
     "asks for gradients, in a training domain": ("test_gradient_of_*",),
 }
 """The same for the model tests."""
+
+UNSUPPORTED: dict[str, str] = {
+    "random numbers: nothing to compare, and no network's inference needs them": (
+        "Bernoulli RandomNormal RandomNormalLike RandomUniform RandomUniformLike Multinomial"
+    ),
+    "quantized arithmetic: the tool wants the float model": (
+        "ConvInteger DynamicQuantizeLinear MatMulInteger QLinearConv QLinearMatMul"
+    ),
+    "removed from ONNX before opset 13; `load` converts it": "Scatter Upsample",
+    "features of text": "TfIdfVectorizer",
+    "features of sound, no gradient": "MelWeightMatrix",
+}
+"""Why -> operators in float and static tests that TorchGraph does not have."""
+
+WITHOUT_GRADIENT: dict[str, str] = {
+    "comparisons and logic": """And BitCast BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor
+    Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Not Or Xor""",
+    "integers in or out": """ArgMax ArgMin DequantizeLinear EyeLike NonMaxSuppression NonZero
+    QuantizeLinear Shape Size""",
+    "no float input": """BlackmanWindow Constant ConstantOfShape HammingWindow HannWindow OneHot
+    Range""",
+    "steps, of gradient zero": "Ceil Floor Hardmax Round Sign",
+}
+"""Why -> operators without a gradient; that of all others equals finite differences."""
+
+_FLOAT_TYPES = frozenset(
+    {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16}
+)
 
 
 @lru_cache
@@ -135,6 +159,33 @@ def missing_operators(model: onnx.ModelProto) -> tuple[str, ...]:
         if node.domain or node.op_type not in OPERATORS
     }
     return tuple(sorted(names | {f"{f.domain}:{f.name}" for f in model.functions}))
+
+
+def is_float_and_static(model: onnx.ModelProto) -> bool:
+    """Tell whether a node test concerns float tensors in a static graph.
+
+    Float: some input or output of the test is float16, bfloat16, float32 or float64. Static:
+    inputs and outputs are tensors of numbers, and no node has a subgraph, works on sequences
+    or optionals, or is of another domain than ai.onnx.
+    """
+    graph = model.graph
+    values = [value.type for value in (*graph.input, *graph.output)]
+    types = {value.tensor_type.elem_type for value in values}
+    return (
+        all(value.WhichOneof("value") == "tensor_type" for value in values)
+        and bool(types & _FLOAT_TYPES)
+        and TensorProto.STRING not in types
+        and not model.functions
+        and not any(
+            node.domain
+            or (
+                any(word in node.op_type for word in ("Sequence", "Optional"))
+                and node.op_type != "ReverseSequence"
+            )
+            or any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute)
+            for node in graph.node
+        )
+    )
 
 
 def check_case(case: OnnxCase) -> None:

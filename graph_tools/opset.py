@@ -147,26 +147,48 @@ def to_running_opset(proto: onnx.ModelProto, *, where: str) -> onnx.ModelProto:
     result.ir_version = max(
         result.ir_version, 4
     )  # the converter's own constants are no inputs
-    _shape_slopes(result)
-    return _convert(result, version, where=where, target=_OLDEST_RUNNING)
+    _align_from_the_right(result)
+    del result.graph.value_info[:]
+    for value in (*result.graph.input, *result.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if not dim.HasField("dim_value"):  # the converter fails on symbols
+                dim.dim_value = 1
+    result = _convert(result, version, where=where, target=_OLDEST_RUNNING)
+    stored = {value.name: value for value in (*proto.graph.input, *proto.graph.output)}
+    for value in (*result.graph.input, *result.graph.output):
+        value.CopyFrom(stored[value.name])
+    return result
 
 
-def _shape_slopes(proto: onnx.ModelProto) -> None:
-    """Let PRelu's slopes, one a channel before opset 7, broadcast as they do since."""
-    types, constants = infer(proto), {t.name: t for t in proto.graph.initializer}
-    for node in proto.graph.node:
-        if node.op_type != "PRelu" or node.input[1] not in constants:
-            continue
-        slope, given = constants[node.input[1]], types.get(node.input[0])
-        shape = None if given is None else given.shape
-        if shape is None or list(slope.dims) in ([], [1]) or len(slope.dims) > 1:
-            continue
-        shaped = onnx.TensorProto()
-        shaped.CopyFrom(slope)
-        shaped.name = f"{node.output[0]}/slope"
-        shaped.dims.extend([1] * (len(shape) - 2))
-        proto.graph.initializer.append(shaped)
-        node.input[1] = shaped.name
+def _align_from_the_right(proto: onnx.ModelProto) -> None:
+    """Append axes of length 1 to operands that begin at an axis of the other one.
+
+    Before opset 7 an attribute tells where an operand begins, and PRelu has one slope a channel;
+    since then shapes are aligned at their ends.
+    """
+    types = infer(proto)
+    nodes = list(proto.graph.node)
+    del proto.graph.node[:]
+    for node in nodes:
+        axis = next((a.i for a in node.attribute if a.name == "axis"), None)
+        if node.op_type == "PRelu":
+            axis = 1
+        elif not any(a.name == "broadcast" and a.i for a in node.attribute):
+            axis = None
+        shapes = [types[name].shape for name in node.input if name in types]
+        if axis is not None and len(shapes) == 2 and None not in shapes:
+            rank, own = (len(shape or ()) for shape in shapes)
+            missing = tuple(range(own, rank - axis % rank)) if rank else ()
+            if missing and types[node.input[1]].static not in ((), (1,)):
+                aligned = f"{node.output[0]}/aligned"
+                proto.graph.node.append(
+                    helper.make_node("Unsqueeze", [node.input[1]], [aligned], axes=missing)
+                )
+                node.input[1] = aligned
+            kept = [a for a in node.attribute if a.name != "axis"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+        proto.graph.node.append(node)
 
 
 def _convert(

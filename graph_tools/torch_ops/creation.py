@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from graph_tools.torch_ops.dtypes import FLOAT8_TYPES, torch_type
+from graph_tools.torch_ops.dtypes import FLOAT8_TYPES, INTEGER_RANGES, torch_type
 from graph_tools.torch_ops.registry import Compute, Node, operator
 
 __all__ = [
@@ -77,23 +77,37 @@ def eye_like(node: Node) -> Compute:
     return compute
 
 
+_OVERFLOW = 464.0
+"""Halfway from the largest number of float8_e4m3fn to what would come next."""
+
+
 def convert(x: torch.Tensor, dtype: torch.dtype, saturate: bool) -> torch.Tensor:
-    """Change the type; to 8-bit floats with saturation, to integers by truncation."""
+    """Change the type; to 8-bit floats with or without saturation, to integers by truncation."""
     if dtype in FLOAT8_TYPES and saturate:
         limit = torch.finfo(dtype).max
         x = x.float().clamp(-limit, limit)
+    elif dtype == torch.float8_e4m3fn:  # torch would saturate, since it has no infinity
+        x = torch.where(x.abs() > _OVERFLOW, torch.nan, x.float())
     return x.to(dtype)
+
+
+def _narrow(x: torch.Tensor, element_type: int) -> torch.Tensor:
+    """Wrap integers around where the ONNX type has fewer bits than the byte that holds it."""
+    low, high = INTEGER_RANGES.get(element_type, (0, 255))
+    return x if high - low >= 255 else (x - low) % (high - low + 1) + low
 
 
 @operator("Cast")
 def cast(node: Node) -> Compute:
     """Change the type to that of an attribute."""
     dtype, saturate = torch_type(node.attributes["to"]), node.flag("saturate", default=True)
-    return lambda x: convert(x, dtype, saturate)
+    element_type = node.integer("to", 0)
+    return lambda x: _narrow(convert(x, dtype, saturate), element_type)
 
 
 @operator("CastLike")
 def cast_like(node: Node) -> Compute:
     """Change the type to that of another tensor."""
     saturate = node.flag("saturate", default=True)
-    return lambda x, like: convert(x, like.dtype, saturate)
+    element_type = node.types.get(1, 0)
+    return lambda x, like: _narrow(convert(x, like.dtype, saturate), element_type)

@@ -12,6 +12,7 @@ Concat                                shares if all its inputs share one; own ot
 arithmetic behind the last weights    none: decoding stays in float, and so does all behind it
 what a Div divides by, or Log reads   none, nor the arithmetic that leads there: tiny values
                                       count there, and zero is no number to divide by
+positions that GridSample, ... read   none, nor the arithmetic that leads there
 integers, booleans, shapes            none
 ====================================  ==========================================================
 """
@@ -29,7 +30,7 @@ from graph_tools.model import Model, initializers
 from graph_tools.quantizer import FloatNode
 from graph_tools.torch_graph import Step
 
-__all__ = ["DATA_MOVEMENT", "Placement", "Weighted", "place"]
+__all__ = ["DATA_MOVEMENT", "Placement", "Weighted", "place", "treatment"]
 
 DATA_MOVEMENT = frozenset(
     "DepthToSpace Dropout Expand Flatten Gather GatherElements GatherND GlobalMaxPool Identity "
@@ -53,6 +54,14 @@ _PASSES_PRECISION = frozenset(  # if the result must not be rounded, its inputs 
     "Abs Add Cast Clip Exp Expand Flatten Identity Max Mean Mul Pow ReduceL1 ReduceL2 ReduceMean "
     "ReduceSum ReduceSumSquare Reshape Sqrt Squeeze Sub Sum Tile Transpose Unsqueeze".split()
 )
+_POSITIONS = {  # index of the input that says where to read another one
+    "AffineGrid": 0,
+    "DeformConv": 2,
+    "GridSample": 1,
+    "MaxRoiPool": 1,
+    "RoiAlign": 1,
+}
+_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _UNIT_RANGE = frozenset({"Sigmoid", "HardSigmoid", "Softmax"})
 
 
@@ -102,6 +111,17 @@ class Placement:
     clip_bounds: Mapping[str, tuple[float, float]]
     num_readers: Mapping[str, int]
     float_nodes: tuple[FloatNode, ...]
+
+
+def treatment(op_type: str) -> str:
+    """Say in a few words what becomes of an operator in the quantized file."""
+    if op_type in _WEIGHTED:
+        return "integer weights and activations"
+    if op_type in DATA_MOVEMENT:
+        return "moves integers"
+    if op_type in _DECODING:
+        return "between quantizers; float behind the last weights"
+    return "between quantizers"
 
 
 def place(model: Model, steps: Sequence[Step]) -> Placement:
@@ -200,10 +220,10 @@ class _Placer:
         return names[0] if len(names) == 1 and is_float else None
 
     def _unrounded(self) -> set[str]:
-        """Tensors that lead only to divisors and logarithms, back to the operands' quantizers.
+        """Tensors that lead only to divisors, logarithms and positions, back to quantizers.
 
         Variances of normalizations are such: rounded to zero, they would make the result
-        infinite or undefined.
+        infinite or undefined. Positions rounded to 8 bits would shift large images by pixels.
         """
         found: set[str] = set()
         for step in reversed(self.steps):
@@ -218,6 +238,9 @@ class _Placer:
         if reader.op_type == "Div" and reader.inputs[0] != tensor:
             return True
         if reader.op_type in ("Log", "Reciprocal"):
+            return True
+        position = _POSITIONS.get(reader.op_type)
+        if position is not None and list(reader.inputs).index(tensor) == position:
             return True
         return reader.op_type in _PASSES_PRECISION and reader.outputs[0] in unrounded
 
@@ -260,11 +283,12 @@ class _Placer:
                     nonnegative.add(tensor)
                 if step.op_type in _UNIT_RANGE or step.op_type == "Tanh":
                     unit.add(tensor)
-                if is_float:
-                    continue
                 source = self._shared_root(step, root)
-                if source is not None:
+                if source is not None and step.name not in floats:
+                    # Moving rounded values rounds nothing, wherever they go.
                     root[tensor] = shares[tensor] = source
+                    continue
+                if is_float:
                     continue
                 reader = self._only_reader(tensor)
                 if (

@@ -243,6 +243,54 @@ def test_newer_operator_with_a_definition_is_expanded(tmp_path: Path) -> None:
     assert_close(run(model.proto, images), [conv / (1 + np.exp(-2 * conv))], 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("op_type", "inputs", "opset", "attributes"),
+    [
+        ("Swish", ["a"], 24, {}),  # a default that the inliner would lose
+        ("RMSNormalization", ["a", "s"], 23, {}),  # a body that depends on a weight's type
+        ("RotaryEmbedding", ["a", "c", "c"], 23, {}),
+        ("Attention", ["a", "a", "x", "m"], 24, {"is_causal": 1, "softcap": 3.0}),
+    ],
+)
+def test_newer_operators_are_written_out(
+    tmp_path: Path, op_type: str, inputs: list[str], opset: int, attributes: dict[str, float]
+) -> None:
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"]),
+        helper.make_node(op_type, inputs, ["b"], **attributes),
+        helper.make_node("Relu", ["b"], ["y"]),
+    ]
+    weights = {
+        "w": weight(3, 3, 1, 1),
+        "s": weight(8),
+        "c": weight(1, 8, 4),
+        "m": weight(8, 8),
+    }
+    used = {name: value for name, value in weights.items() if name in ["w", *inputs]}
+    path = write(tmp_path / "new.onnx", nodes, used, shape=(1, 3, 8, 8), opset=opset, ir=10)
+    model = load(path)
+    assert op_type not in ops(model)
+    images = batch_of(model, 1)
+    assert_close(run(model.proto, images), run(path, images), 1e-5)
+
+
+def test_opset_6_is_brought_to_one_that_runs(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"]),
+        helper.make_node("PRelu", ["a", "s"], ["p"]),  # one slope a channel
+        helper.make_node("Add", ["p", "b"], ["y"], axis=1, broadcast=1),
+    ]
+    weights = {"w": weight(4, 3, 1, 1), "s": weight(4), "b": weight(4, seed=1)}
+    model = load(write(tmp_path / "old.onnx", nodes, weights, opset=6, ir=3, listed=True))
+    images = batch_of(model, 2)
+    conv = np.einsum("oi,nihw->nohw", weights["w"][:, :, 0, 0], images)
+    slope, bias = (weights[name].reshape(4, 1, 1) for name in "sb")
+    assert "opset 6 converted to 21" in model.notes
+    assert_close(
+        run(model.proto, images), [np.where(conv < 0, slope * conv, conv) + bias], 1e-5
+    )
+
+
 @pytest.mark.parametrize("mode", ["nearest", "linear"])
 @pytest.mark.parametrize(
     ("opset", "ir", "op_type", "scale"),

@@ -178,6 +178,32 @@ def test_what_leads_to_a_divisor_has_none(placed):
     assert "eps" not in placement.operands
 
 
+def test_what_leads_to_a_position_has_none(placed):
+    placement = placed(
+        "p = GlobalAveragePool(x) f = Flatten(p) t = Gemm(f, w, b) s = Mul(t, t)"
+        f" m = Reshape(s, shape) r = GridSample(x, m) y = {CONV}(r, v)",
+        w=np.ones((3, 128), np.float32),
+        b=np.ones(128, np.float32),
+        shape=np.array([-1, 8, 8, 2]),
+        v=W,
+    )
+    assert placement.roots == ("x", "p", "t", "r", "y")
+    assert placement.shares == {"f": "p"}
+
+
+def test_a_position_that_only_moves_behind_its_quantizer_shares_it(placed):
+    placement = placed(
+        "p = GlobalAveragePool(x) f = Flatten(p) t = Gemm(f, w, b)"
+        f" m = Reshape(t, shape) r = GridSample(x, m) y = {CONV}(r, v)",
+        w=np.ones((3, 128), np.float32),
+        b=np.ones(128, np.float32),
+        shape=np.array([-1, 8, 8, 2]),
+        v=W,
+    )
+    assert placement.roots == ("x", "p", "t", "r", "y")
+    assert placement.shares == {"f": "p", "m": "t"}
+
+
 @pytest.mark.parametrize("activation", ["Relu(c)", "Clip(c, half, one)"])
 def test_an_activation_before_a_divisor_is_not_absorbed(placed, activation):
     placement = placed(
