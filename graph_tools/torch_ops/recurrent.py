@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -22,54 +23,43 @@ _DEFAULTS = {
 }
 
 
-def _function(name: str, alpha: float | None, beta: float | None) -> Function:
-    """Return an activation function by its ONNX name, with ONNX's default coefficients."""
-
-    def first(default: float) -> float:
-        return default if alpha is None else alpha
-
-    def second(default: float) -> float:
-        return default if beta is None else beta
-
-    functions: dict[str, Function] = {
-        "affine": lambda x: first(1.0) * x + second(0.0),
-        "elu": lambda x: functional.elu(x, first(1.0)),
-        "hardsigmoid": lambda x: torch.clamp(first(0.2) * x + second(0.5), 0.0, 1.0),
-        "leakyrelu": lambda x: functional.leaky_relu(x, first(0.01)),
-        "relu": torch.relu,
-        "scaledtanh": lambda x: first(1.0) * torch.tanh(second(1.0) * x),
-        "sigmoid": torch.sigmoid,
-        "softplus": functional.softplus,
-        "softsign": functional.softsign,
-        "tanh": torch.tanh,
-        "thresholdedrelu": lambda x: functional.threshold(x, first(1.0), 0.0),
-    }
-    return functions[name.lower()]
-
-
-_WITH_COEFFICIENTS = {  # how many of alpha and beta each function consumes
-    "affine": (1, 1),
-    "elu": (1, 0),
-    "hardsigmoid": (1, 1),
-    "leakyrelu": (1, 0),
-    "scaledtanh": (1, 1),
-    "thresholdedrelu": (1, 0),
+# Each takes x, alpha and beta; behind it ONNX's defaults of those it has.
+_FUNCTIONS: dict[str, tuple[Callable[..., torch.Tensor], tuple[float, ...]]] = {
+    "affine": (lambda x, alpha, beta: alpha * x + beta, (1.0, 0.0)),
+    "elu": (functional.elu, (1.0,)),
+    "hardsigmoid": (lambda x, alpha, beta: (alpha * x + beta).clamp(0.0, 1.0), (0.2, 0.5)),
+    "leakyrelu": (functional.leaky_relu, (0.01,)),
+    "relu": (torch.relu, ()),
+    "scaledtanh": (lambda x, alpha, beta: alpha * torch.tanh(beta * x), (1.0, 1.0)),
+    "sigmoid": (torch.sigmoid, ()),
+    "softplus": (functional.softplus, ()),
+    "softsign": (functional.softsign, ()),
+    "tanh": (torch.tanh, ()),
+    "thresholdedrelu": (lambda x, alpha: functional.threshold(x, alpha, 0.0), (1.0,)),
 }
 
 
 def _functions(node: Node, num_directions: int) -> list[Function]:
+    """Return the activation functions; each takes its coefficients from the lists' heads."""
     names = node.attributes.get("activations") or _DEFAULTS[node.op_type] * num_directions
-    given = {
-        "alpha": list(node.attributes.get("activation_alpha", ())),
-        "beta": list(node.attributes.get("activation_beta", ())),
-    }
-    functions = []
+    given = [list(node.attributes.get(f"activation_{name}", ())) for name in ("alpha", "beta")]
+    functions: list[Function] = []
     for name in names:
-        wants = _WITH_COEFFICIENTS.get(name.lower(), (0, 0))
-        alpha = given["alpha"].pop(0) if wants[0] and given["alpha"] else None
-        beta = given["beta"].pop(0) if wants[1] and given["beta"] else None
-        functions.append(_function(name, alpha, beta))
+        if name.lower() not in _FUNCTIONS:
+            raise node.fault(f"no activation function {name!r}")
+        function, defaults = _FUNCTIONS[name.lower()]
+        coefficients = [
+            values.pop(0) if values else default
+            for values, default in zip(given, defaults, strict=False)
+        ]
+        functions.append(partial(_apply, function, coefficients))
     return functions
+
+
+def _apply(
+    function: Callable[..., torch.Tensor], coefficients: Sequence[float], x: torch.Tensor
+) -> torch.Tensor:
+    return function(x, *coefficients)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +113,28 @@ class _Cell:
         cell = keep * cell + enter * cell_function(self.clip(gates[3]))
         leave = activate(self.clip(gates[1] + of_output * cell))
         return leave * hidden_function(cell), cell
+
+
+def _walk(
+    step: Callable[[torch.Tensor, Tensors], Tensors],
+    inputs: torch.Tensor,
+    state: Tensors,
+    lengths: torch.Tensor | None,
+    *,
+    backward: bool,
+) -> tuple[torch.Tensor, Tensors]:
+    """Take the steps of one direction; return what each step shows, and the last state."""
+    shown: dict[int, torch.Tensor] = {}
+    times = range(len(inputs))
+    for time in reversed(times) if backward else times:
+        new = step(inputs[time], state)
+        shown[time] = new[0]
+        if lengths is not None:
+            alive = (lengths > time)[:, None]
+            shown[time] = torch.where(alive, new[0], 0)
+            new = tuple(torch.where(alive, n, s) for n, s in zip(new, state, strict=True))
+        state = new
+    return torch.stack([shown[time] for time in times]), state
 
 
 def recurrent(node: Node) -> Compute:
@@ -179,21 +191,14 @@ def recurrent(node: Node) -> Compute:
                 functions=functions[index * share : (index + 1) * share],
                 clip=clip,
             )
-            state: Tensors = tuple(part[index] for part in given)
-            projected = x @ weight[index].t()
-            times = range(len(x))
-            steps: dict[int, torch.Tensor] = {}
-            for time in reversed(times) if backward else times:
-                new = step(current, projected[time], state)
-                shown = new[0]
-                if lengths is not None:
-                    alive = (lengths.to(x.device) > time)[:, None]
-                    new = tuple(
-                        torch.where(alive, n, s) for n, s in zip(new, state, strict=True)
-                    )
-                    shown = torch.where(alive, shown, 0)
-                steps[time], state = shown, new
-            outputs.append(torch.stack([steps[time] for time in times]))
+            shown, state = _walk(
+                partial(step, current),
+                x @ weight[index].t(),
+                tuple(part[index] for part in given),
+                None if lengths is None else lengths.to(x.device),
+                backward=backward,
+            )
+            outputs.append(shown)
             finals.append(state)
         every = torch.stack(outputs, 1)  # [length, directions, N, hidden]
         last = [torch.stack(parts) for parts in zip(*finals, strict=True)]

@@ -360,6 +360,18 @@ GRADIENT_CASES: list[tuple[str, dict[str, Any], list[Any]]] = [
     ),
     (
         "LSTM",
+        {
+            "hidden_size": 2,
+            "activations": ["HardSigmoid", "Affine", "LeakyRelu"],
+            "activation_alpha": [0.3, 0.7, 0.2],
+            "activation_beta": [0.4],
+            "clip": 3.0,
+            "outputs": 3,
+        },
+        [(3, 2, 1), (1, 8, 1), (1, 8, 2), (1, 16), np.array([1, 3], np.int32)],
+    ),
+    (
+        "LSTM",
         {"hidden_size": 1, "layout": 1},
         [(1, 3, 2), (1, 4, 2), (1, 4, 1), (1, 8), None, (1, 1, 1), (1, 1, 1), (1, 3)],
     ),

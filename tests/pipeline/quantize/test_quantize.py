@@ -223,3 +223,49 @@ def test_grouped_transposed_convolution_shares_scales_between_groups(
     proof = verify(tmp_path / "q.onnx", images, VerifySettings())
     assert proof.passed, proof.failures
     assert sqnr(model, plan, images) > 20
+
+
+FLOAT_OPERATORS = {  # bodies around operators for which runtimes have no integer kernels
+    "GridSample": "c = Conv<pads=[1,1,1,1]>(x, two) t = Transpose<perm=[0,2,3,1]>(c) p = Tanh(t)"
+    " g = GridSample(x, p) y = Conv<pads=[1,1,1,1]>(g, w)",
+    "LSTM": "m = ReduceMean<axes=[2], keepdims=0>(x) t = Transpose<perm=[2,0,1]>(m)"
+    " h = LSTM<hidden_size=4>(t, gates, recurrence) s = Squeeze(h, one)"
+    " b = Transpose<perm=[1,0,2]>(s) y = MatMul(b, fc)",
+    "normalizations": "c = Conv<pads=[1,1,1,1]>(x, w) i = InstanceNormalization(c, gain, shift)"
+    ' l = LRN<size=3>(i) e = Einsum<equation="nchw,ncvw->nhv">(l, l) y = CumSum(e, one)',
+    "LayerNormalization": "c = Conv<pads=[1,1,1,1]>(x, w) n = LayerNormalization(c, wide)"
+    " h = HardSwish(n) y = Conv<pads=[1,1,1,1]>(h, w)",
+    "ScatterND": "c = Conv<pads=[1,1,1,1]>(x, w) t = Transpose<perm=[1,0,2,3]>(c)"
+    " u = Gather(t, rows) s = ScatterND(t, places, u) b = Transpose<perm=[1,0,2,3]>(s)"
+    " y = Conv<pads=[1,1,1,1]>(b, w)",
+}
+
+
+@pytest.mark.parametrize("name", FLOAT_OPERATORS)
+def test_operators_without_integer_kernels_stay_between_quantizers(
+    make_model, images, tmp_path, name
+):
+    body = FLOAT_OPERATORS[name]
+    arrays = {
+        "w": RNG.normal(size=(3, 3, 3, 3)),
+        "two": 0.1 * RNG.normal(size=(2, 3, 3, 3)),  # positions in the middle of tanh
+        "gates": RNG.normal(size=(1, 16, 3)),
+        "recurrence": RNG.normal(size=(1, 16, 4)),
+        "fc": RNG.normal(size=(4, 5)),
+        "gain": np.ones(3),
+        "shift": np.zeros(3),
+        "wide": np.ones(8),
+    }
+    given = {key: value.astype(np.float32) for key, value in arrays.items()}
+    given |= {"one": np.array([1]), "rows": np.array([0, 2]), "places": np.array([[2], [1]])}
+    used = {key: value for key, value in given.items() if f" {key}" in body}
+    text = f"g (float[N,3,8,8] x) => (float[N,a,b,c] y) {{ {body} }}"
+    rank3 = name in ("LSTM", "normalizations")
+    model = prepare_for_quantization(
+        make_model(text.replace("N,a,b,c", "N,a,b") if rank3 else text, **used)
+    )
+    plan = quantize(model, images, QuantizeSettings()).plan
+    save(write_qdq(model, plan), tmp_path / "q.onnx")
+    proof = verify(tmp_path / "q.onnx", images, VerifySettings())
+    assert proof.passed, proof.failures
+    assert sqnr(model, plan, images) > 20
