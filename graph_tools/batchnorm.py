@@ -28,6 +28,7 @@ __all__ = [
     "BatchNormSite",
     "expose_inputs",
     "find_affine_leftovers",
+    "find_bare_convolutions",
     "find_batch_norms",
     "fold_batch_norms",
 ]
@@ -147,6 +148,17 @@ def find_affine_leftovers(model: Model) -> tuple[AffineLeftover, ...]:
         if _scaled(behind[0], constants, ranks) == mul.output[0]:
             found.append(AffineLeftover(mul=mul.name, add=behind[0].name, tensor=tensor))
     return tuple(found)
+
+
+def find_bare_convolutions(model: Model) -> tuple[str, ...]:
+    """Return the outputs of convolutions that no BatchNormalization reads, in graph order."""
+    nodes = model.proto.graph.node
+    normalized = {node.input[0] for node in nodes if node.op_type == "BatchNormalization"}
+    return tuple(
+        node.output[0]
+        for node in nodes
+        if node.op_type in ("Conv", "ConvTranspose") and node.output[0] not in normalized
+    )
 
 
 def _scaled(

@@ -114,6 +114,9 @@ class Generate:
     """Exported ONNX file."""
     output: Annotated[Path, _OUTPUT]
     """Images to write (.npz, array "images", float32 in the model's own layout)."""
+    bn_from: Path | None = None
+    """Put folded BatchNormalization back with the statistics of this file: a state_dict (.pt, .pth,
+    .bin), .safetensors, or an .onnx of the same network that kept them."""
     generation: GenerateSettings = field(default_factory=GenerateSettings)
     input: InputSettings = field(default_factory=InputSettings)
     common: CommonSettings = field(default_factory=CommonSettings)
@@ -123,13 +126,16 @@ class Generate:
         import torch
 
         from pipeline.generate import generate
-        from pipeline.record import describe_generation
-        from pipeline.run import preprocessing_of
+        from pipeline.record import describe_generation, describe_restoration
+        from pipeline.run import preprocessing_of, restored_from
 
         _check_output(self.output, ".npz")
         if self.common.threads:
             torch.set_num_threads(self.common.threads)
         model = _load(self.model, self.input)
+        restoration = restored_from(self.bn_from, model, self.input)
+        if restoration is not None:
+            model = restoration.model
         preprocessing = preprocessing_of(model, self.input, seed=self.generation.seed)
         with _progress(self.common) as progress:
             generated = generate(
@@ -142,7 +148,11 @@ class Generate:
         facts = describe_generation(generated, self.generation, model)
         facts["output"] = str(self.output)
         facts["preprocessing"] = generated.preprocessing.to_dict()
+        if restoration is not None and self.bn_from is not None:
+            facts["restoration"] = describe_restoration(restoration, self.bn_from)
+        _warn(self.common, facts["warnings"])
         if not _silent(self.common):
+            _print_restoration(facts.get("restoration"))
             _print_generation(facts)
         return 0, facts
 
@@ -160,6 +170,9 @@ class Quantize:
     """Calibrate with these images (.npz or .npy, as zsq generate writes them)."""
     data: Path | None = None
     """Calibrate with real images: a folder or archive."""
+    bn_from: Path | None = None
+    """Put folded BatchNormalization back with the statistics of this file: a state_dict (.pt, .pth,
+    .bin), .safetensors, or an .onnx of the same network that kept them."""
     evaluate: Path | None = None
     """Labelled images: the report then has the accuracy before and after."""
     verify_images: int = 500
@@ -178,6 +191,7 @@ class Quantize:
             output=self.output or default_output(self.model, self.quantization),
             images=self.images,
             data=self.data,
+            bn_from=self.bn_from,
             evaluate_data=self.evaluate,
             input=self.input,
             generation=self.generation,
@@ -189,7 +203,9 @@ class Quantize:
         )
         with _progress(self.common) as progress:
             result = quantize_file(job, on_progress=progress)
+        _warn(self.common, (result.report["generation"] or {}).get("warnings", []))
         if not _silent(self.common):
+            _print_restoration(result.report["restoration"])
             _print_result(result.report)
             _stdout.print(
                 f"\nmodel   {result.output}\nreport  {result.folder / 'report.html'}"
@@ -381,6 +397,12 @@ def _silent(common: CommonSettings) -> bool:
     return common.json or common.quiet
 
 
+def _warn(common: CommonSettings, warnings: Sequence[str]) -> None:
+    """Say on stderr what must not be missed, beside JSON, too."""
+    for warning in warnings if not common.quiet else ():
+        _stderr.print(f"zsq: warning: {warning}", markup=False, soft_wrap=True)
+
+
 def _finite(value: Any) -> Any:
     """JSON has no infinity: such numbers become null."""
     if isinstance(value, float):
@@ -436,6 +458,28 @@ def _print_model(facts: Mapping[str, Any]) -> None:
         _stdout.print(f"note: {note}", markup=False)
 
 
+def _print_restoration(facts: Mapping[str, Any] | None) -> None:
+    if not facts:
+        return
+    name = Path(facts["file"]).name
+    _stdout.print(
+        f"{facts['restored']} of {facts['candidates']} BatchNormalization restored from {name}, "
+        f"outputs differ by {facts['difference']:.1e}",
+        markup=False,
+    )
+    table = Table("node", f"weight in {name}", "BatchNormalization", "cosine", "bias error")
+    for match in facts["matches"]:
+        cosine, residual = match["cosine"], match["bias_residual"]
+        table.add_row(
+            match["node"],
+            match["weight"] or "-",
+            match["norm"] or match["reason"],
+            "-" if cosine is None else f"{cosine:.6f}",
+            "-" if residual is None else f"{residual:.1e}",
+        )
+    _stdout.print(table, markup=False)
+
+
 def _print_generation(facts: Mapping[str, Any]) -> None:
     _stdout.print(
         f"{facts['num_images']} images ({facts['method']}) in {facts['seconds']:.1f} s: "
@@ -464,7 +508,8 @@ def _print_result(report: Mapping[str, Any]) -> None:
             f"  stays in float: {entry['op_type']} {entry['node']} ({entry['reason']})",
             markup=False,
         )
-    for warning in report["warnings"]:
+    said = (report["generation"] or {}).get("warnings", [])  # on stderr
+    for warning in [one for one in report["warnings"] if one not in said]:
         _stdout.print(f"warning: {warning}", markup=False)
 
 

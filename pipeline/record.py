@@ -21,6 +21,7 @@ from graph_tools.errors import ZsqError
 from graph_tools.model import Model, initializers
 from graph_tools.qdq import dequantized_name
 from graph_tools.quantizer import TensorQuantizer
+from graph_tools.restore import Restoration
 from pipeline.evaluate.classification import Accuracy
 from pipeline.generate import Generated, default_batch_size
 from pipeline.images import ImageSet
@@ -36,6 +37,7 @@ __all__ = [
     "Record",
     "describe_generation",
     "describe_model",
+    "describe_restoration",
     "metadata",
     "recorded_preprocessing",
     "write_run_json",
@@ -62,7 +64,7 @@ def metadata(
 ) -> dict[str, str]:
     """``metadata_props`` of the written file: what made it, enough to make it again."""
     if generated is not None:
-        source = f"{generated.images.count} generated ({job.generation.method})"
+        source = f"{generated.images.count} generated ({generated.method})"
     else:
         source = str((job.data or job.images or Path()).name)
     return {
@@ -124,14 +126,26 @@ def describe_generation(
     """The ``generation`` part of the report."""
     size = model.input.height, model.input.width
     return {
-        "method": settings.method,
+        "method": generated.method,
         "num_images": generated.images.count,
         "iterations": len(generated.history),
         "batch_size": settings.batch_size or default_batch_size(*size, settings.device),
         "seconds": generated.seconds,
         "notes": list(generated.notes),
+        "warnings": list(generated.warnings),
         "history": [asdict(record) for record in generated.history],
         "statistics": [asdict(match) for match in generated.statistics],
+    }
+
+
+def describe_restoration(restoration: Restoration, path: Path) -> dict[str, Any]:
+    """The ``restoration`` part of the report: which statistics went to which node, and why."""
+    return {
+        "file": str(path),
+        "restored": restoration.restored,
+        "candidates": restoration.candidates,
+        "difference": restoration.difference,
+        "matches": [asdict(match) for match in restoration.matches],
     }
 
 
@@ -152,6 +166,7 @@ class Record:
         model: as loaded; ``network`` as prepared, the float reference of the comparison.
         written: the quantized file.
         images: calibration images.
+        restoration: how BatchNormalization came back; None without a side file.
         generated: None if the images were given.
     """
 
@@ -165,6 +180,7 @@ class Record:
     quantization: Quantization
     proof: Proof
     accuracies: tuple[Accuracy, ...]
+    restoration: Restoration | None = None
 
     def to_dict(self, times: Mapping[str, float]) -> dict[str, Any]:
         """The report as plain data."""
@@ -181,6 +197,7 @@ class Record:
             "model": describe_model(self.model),
             "settings": flat_settings(self.job),
             "preprocessing": self.preprocessing.to_dict(),
+            "restoration": None,
             "generation": generation,
             "quantization": self._quantization(compared, times.get("quantize", 0.0)),
             "proof": self.proof.to_dict(),
@@ -188,6 +205,8 @@ class Record:
             "times": dict(times),
             "versions": versions(),
         }
+        if self.restoration is not None and self.job.bn_from is not None:
+            report["restoration"] = describe_restoration(self.restoration, self.job.bn_from)
         report["warnings"] = self._warnings(report)
         return report
 
@@ -273,7 +292,7 @@ class Record:
         }
 
     def _warnings(self, report: Mapping[str, Any]) -> list[str]:
-        warnings = []
+        warnings = list(self.generated.warnings) if self.generated is not None else []
         if self.preprocessing.source.startswith("guessed"):
             warnings.append(
                 f"normalization was {self.preprocessing.source}; give --mean and --std if wrong"

@@ -19,6 +19,8 @@ from graph_tools.errors import SettingsError, ZsqError
 from graph_tools.model import Model, load, save
 from graph_tools.prepare import prepare_for_quantization
 from graph_tools.qdq import write_qdq
+from graph_tools.restore import Restoration, restore_batch_norms
+from graph_tools.side_file import read_side_file
 from pipeline.evaluate.classification import Accuracy, evaluate_classification
 from pipeline.evaluate.datasets import open_dataset
 from pipeline.evaluate.sessions import open_session
@@ -48,6 +50,7 @@ __all__ = [
     "given_preprocessing",
     "preprocessing_of",
     "quantize_file",
+    "restored_from",
     "verify_file",
 ]
 
@@ -67,6 +70,8 @@ class QuantizeJob:
         model: the exported network; ``output`` the file to write.
         images: calibrate with these images instead of generating any.
         data: calibrate with this folder or archive of real images instead.
+        bn_from: weights and statistics of the same network, for BatchNormalization that was
+            folded away.
         evaluate_data: labelled images; the report then has the accuracy before and after.
     """
 
@@ -78,6 +83,7 @@ class QuantizeJob:
     verification: VerifySettings
     images: Path | None = None
     data: Path | None = None
+    bn_from: Path | None = None
     evaluate_data: Path | None = None
     threads: int = 0
 
@@ -127,6 +133,9 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
             model = load(
                 job.model, input_shape=job.input.shape(), layout=job.input.known_layout()
             )
+            restoration = restored_from(job.bn_from, model, job.input)
+            if restoration is not None:
+                model = restoration.model
         with clock("generate"):
             images, preprocessing, generated = _calibration_images(job, model, work, progress)
         with clock("quantize"):
@@ -155,6 +164,7 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
             record = Record(
                 job=job,
                 model=model,
+                restoration=restoration,
                 network=network,
                 written=written,
                 images=images,
@@ -170,6 +180,18 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
         write_run_json(work / "run.json", report)
         folder = _publish(work, written, job.output)
     return Result(output=job.output, folder=folder, report=report, proof=proof)
+
+
+def restored_from(
+    bn_from: Path | None, model: Model, settings: InputSettings
+) -> Restoration | None:
+    """Put BatchNormalization back with the statistics of a side file; None without one."""
+    if bn_from is None:
+        return None
+    side = read_side_file(bn_from, input_shape=settings.shape())
+    restoration = restore_batch_norms(model, side)
+    logger.info("%s", restoration.model.notes[-1])
+    return restoration
 
 
 def given_preprocessing(settings: InputSettings) -> Preprocessing | None:

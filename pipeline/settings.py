@@ -24,13 +24,15 @@ def _require(condition: bool, field: str, value: object, rule: str) -> None:
 class GenerateSettings:
     """How images are made (DGH, arXiv 2410.22110)."""
 
-    method: Literal["dgh", "noise"] = "dgh"
-    """dgh: match BatchNormalization statistics; noise: Gaussian noise, needs none."""
+    method: Literal["auto", "dgh", "prior", "noise"] = "auto"
+    """dgh: match BatchNormalization statistics; prior: images with the statistics of natural ones,
+    adapted to the network, needs none; noise: Gaussian noise; auto: dgh where there is
+    BatchNormalization, else prior."""
     num_images: int = 0
     """How many images to make (or to take from --data); 0 chooses by image size: 256 up to
     128x128 pixels, 64 beyond."""
     iterations: int = 0
-    """Optimization steps per batch; 0 chooses by image size (published: 1000)."""
+    """Optimization steps per batch; 0 chooses by method and image size (published: 1000)."""
     batch_size: int = 0
     """Images optimized together; 0 chooses by image size."""
     seed: int = 0
@@ -38,7 +40,7 @@ class GenerateSettings:
     device: str = "cpu"
     """torch device, such as cpu or cuda."""
     learning_rate: float = 0.0
-    """RAdam's learning rate, in standardized pixel units; 0 chooses by iterations."""
+    """RAdam's learning rate, in standardized pixel units; 0 chooses by method and iterations."""
     loss: Literal["code", "paper"] = "code"
     """Form of the statistics loss: that of DGH's published code, or the paper's equation 4."""
     std_weight: float = 10.0
@@ -49,7 +51,8 @@ class GenerateSettings:
     pixel_prior: bool = True
     """Match the statistics of the pixels, too, where they are known."""
     output_weight: float | None = None
-    """Weight (lambda) of the output loss, 0 for none; by default set from output-ratio."""
+    """Weight (lambda) of the output loss, 0 for none; by default set from output-ratio, and 1 for
+    method prior."""
     output_ratio: float = 0.2
     """Gradient of the output loss as a share of that of the statistics loss."""
     output_range: Literal["linear", "squared"] = "linear"

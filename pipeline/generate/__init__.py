@@ -1,7 +1,8 @@
 """Make calibration images from a network alone.
 
-`generate` is the way in. A method says what images should fulfil (`dgh`) or makes them outright
-(`noise`); statistics, prior, store and loop are shared.
+`generate` is the way in. A method says what images should fulfil (`dgh`; `diversity` for method
+prior, which starts from `synthetic` images) or makes them outright (`noise`); statistics, views,
+store and loop are shared.
 """
 
 from __future__ import annotations
@@ -9,21 +10,35 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from graph_tools.batchnorm import BatchNormSite, find_affine_leftovers, find_batch_norms
+from graph_tools.batchnorm import (
+    BatchNormSite,
+    find_affine_leftovers,
+    find_bare_convolutions,
+    find_batch_norms,
+)
 from graph_tools.errors import NoBatchNormError
 from graph_tools.model import Model
 from pipeline.generate.allocator import reused_memory
 from pipeline.generate.dgh import DghObjective
+from pipeline.generate.diversity import (
+    ITERATIONS,
+    LEARNING_RATE,
+    MOVING,
+    DiversityObjective,
+    find_features,
+    measure_start,
+)
 from pipeline.generate.heads import find_heads
 from pipeline.generate.input_range import guess_preprocessing
 from pipeline.generate.loop import (
     LossRecord,
+    Objective,
     OnStep,
     OptimizeSettings,
     measure_batch,
@@ -31,9 +46,17 @@ from pipeline.generate.loop import (
 )
 from pipeline.generate.network import PIXELS, Network, pixel_site, standard_range, torch_device
 from pipeline.generate.noise import noise_images
-from pipeline.generate.prior import ImagePrior, blur_kernel, default_blur, default_padding
+from pipeline.generate.prior import (
+    ImagePrior,
+    Source,
+    blur_kernel,
+    default_blur,
+    default_padding,
+    white_noise,
+)
 from pipeline.generate.statistics import SiteTargets, StatisticsMatch
 from pipeline.generate.store import batch_sizes, open_store
+from pipeline.generate.synthetic import synthetic_source
 from pipeline.images import ImageSet, ImageWriter, open_images
 from pipeline.preprocessing import Preprocessing
 from pipeline.settings import GenerateSettings
@@ -59,25 +82,35 @@ _RE_EXPORT = (
 )
 
 
+_NO_PROMISE = (
+    "no BatchNormalization: images from an image prior; accuracy cannot be promised, calibrate "
+    "with --data or give --bn-from"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Generated:
     """Images and how they came about.
 
     Args:
         images: the images, on disk.
+        method: the one used, never "auto".
         preprocessing: the one given, or what was guessed.
         history: loss of every iteration, averaged over the batches; empty for noise.
         statistics: how well each BatchNormalization node's statistics are met.
         seconds: time taken.
         notes: what the user should know.
+        warnings: what the user must know before relying on the images.
     """
 
     images: ImageSet
+    method: str
     preprocessing: Preprocessing
     history: tuple[LossRecord, ...]
     statistics: tuple[StatisticsMatch, ...]
     seconds: float
     notes: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 def generate(
@@ -113,7 +146,10 @@ def generate(
     count = settings.num_images or default_num_images(model.input.height, model.input.width)
     settings = replace(settings, num_images=count)
     sites = find_batch_norms(model)
-    if settings.method == "dgh" and not sites:
+    method = settings.method
+    if method == "auto":
+        method = "dgh" if sites else "prior"
+    if method == "dgh" and not sites:
         raise _no_batch_norm(model)
     device = torch_device(settings.device)
     notes = []
@@ -122,6 +158,7 @@ def generate(
         notes.append(f"input normalization {preprocessing.source}")
     if sites:
         notes.append(f"{len(sites)} BatchNormalization node(s) found and observed")
+    notes += _missing_statistics(model, bool(sites))
     if model.fixed_batch is not None and sites:
         notes.append(f"the model takes only {model.fixed_batch} image(s) at a time: slow")
     job = _Job(model, settings, sites, preprocessing, device)
@@ -131,18 +168,24 @@ def generate(
         reused_memory(),
         ImageWriter(path, count=settings.num_images, shape=model.input.shape) as writer,
     ):
-        statistics, history = (
-            job.dgh(writer, on_step) if settings.method == "dgh" else job.noise(writer)
-        )
+        match method:
+            case "dgh":
+                statistics, history = job.dgh(writer, on_step)
+            case "prior":
+                statistics, history = job.prior(writer, on_step)
+            case _:
+                statistics, history = job.noise(writer)
     seconds = time.perf_counter() - start
-    logger.info("%d images by %s in %.1f s", settings.num_images, settings.method, seconds)
+    logger.info("%d images by %s in %.1f s", settings.num_images, method, seconds)
     return Generated(
         images=open_images(path, shape=model.input.shape),
+        method=method,
         preprocessing=preprocessing,
         history=history,
         statistics=statistics,
         seconds=seconds,
         notes=tuple(notes),
+        warnings=_warnings(method, bool(sites)),
     )
 
 
@@ -245,7 +288,50 @@ class _Job:
             output_weight=settings.output_weight,
             output_ratio=settings.output_ratio,
         )
-        network, prior = self._network(heads), self._prior()
+        matches, history = self._optimize(
+            writer, self._network(heads), self._prior(), objective, how, on_step
+        )
+        return tuple(row for row in matches if row.node != PIXELS), history
+
+    def prior(
+        self, writer: ImageWriter, on_step: OnStep | None
+    ) -> tuple[tuple[StatisticsMatch, ...], tuple[LossRecord, ...]]:
+        """Adapt synthetic images to the network and write them."""
+        settings = self.settings
+        heads = find_heads(self.model) if settings.output_weight != 0 else ()
+        features = find_features(self.model)
+        network = self._network(heads, features)
+        prior = self._prior(
+            source=synthetic_source(self.preprocessing, self.shape[0]),
+            blur=settings.blur or 0.0,
+            moving=MOVING,
+        )
+        state = self.generator.get_state()
+        starts = (prior.start(size, self.generator).to(self.device) for size in self.sizes)
+        images = (prior.render(canvas, prior.center()) for canvas in starts)
+        targets, spans = measure_start(images, network, features, heads)
+        self.generator.set_state(state)  # the loop makes the same images again
+        objective = DiversityObjective(targets=targets, spans=spans)
+        how = OptimizeSettings(
+            iterations=settings.iterations or ITERATIONS,
+            learning_rate=settings.learning_rate or LEARNING_RATE,
+            output_weight=1.0 if settings.output_weight is None else settings.output_weight,
+            output_ratio=settings.output_ratio,
+        )
+        _, history = self._optimize(writer, network, prior, objective, how, on_step)
+        return (), history
+
+    def _optimize(
+        self,
+        writer: ImageWriter,
+        network: Network,
+        prior: ImagePrior,
+        objective: Objective,
+        how: OptimizeSettings,
+        on_step: OnStep | None,
+    ) -> tuple[tuple[StatisticsMatch, ...], tuple[LossRecord, ...]]:
+        """Run the loop, write the images, and compare the statistics before and after."""
+        targets = objective.targets
         with open_store(
             writer.path,
             sizes=self.sizes,
@@ -261,19 +347,28 @@ class _Job:
                 images = prior.render(store.get(index).canvas.detach(), prior.center())
                 after = after + measure_batch(images, network, targets)
                 writer.append(network.model_input(images).cpu().numpy())
-        matches = targets.match(before, after)
-        return tuple(row for row in matches if row.node != PIXELS), tuple(history)
+        return targets.match(before, after), tuple(history)
 
-    def _network(self, heads: tuple[str, ...]) -> Network:
-        tensors = [*(site.tensor for site in self.sites), *heads]
+    def _network(
+        self, heads: tuple[str, ...], watched: Sequence[BatchNormSite] | None = None
+    ) -> Network:
+        sites = self.sites if watched is None else watched
+        tensors = [*(site.tensor for site in sites if site.tensor != PIXELS), *heads]
         return Network(self.model, tensors, self.preprocessing, self.device)
 
-    def _prior(self) -> ImagePrior:
+    def _prior(
+        self,
+        *,
+        source: Source = white_noise,
+        blur: float | None = None,
+        moving: float = 1.0,
+    ) -> ImagePrior:
         settings = self.settings
         channels, height, width = self.shape
         side = min(height, width)
         padding = default_padding(side) if settings.padding is None else settings.padding
-        blur = default_blur(side) if settings.blur is None else settings.blur
+        if blur is None:
+            blur = default_blur(side) if settings.blur is None else settings.blur
         low, high = standard_range(self.preprocessing, channels)
         return ImagePrior(
             height=height,
@@ -283,7 +378,38 @@ class _Job:
             low=low.to(self.device),
             high=high.to(self.device),
             flip=settings.flip,
+            source=source,
+            moving=moving,
         )
+
+
+def _warnings(method: str, has_batch_norm: bool) -> tuple[str, ...]:
+    if method != "prior":
+        return ()
+    if has_batch_norm:
+        return (
+            "images from an image prior; the network's BatchNormalization statistics, which "
+            "--method dgh matches, were not used",
+        )
+    return (_NO_PROMISE,)
+
+
+def _missing_statistics(model: Model, some: bool) -> list[str]:
+    """Say which nodes may once have had statistics that images could match."""
+    notes = []
+    bare = sorted(set(find_bare_convolutions(model)) - set(find_heads(model)))
+    if some and bare:
+        notes.append(
+            f"{len(bare)} convolution(s) such as '{bare[0]}' have no BatchNormalization behind "
+            "them: nothing binds the images there; if it was folded, --bn-from brings it back"
+        )
+    leftovers = find_affine_leftovers(model)
+    if leftovers:
+        notes.append(
+            f"{len(leftovers)} Mul and Add pair(s) such as '{leftovers[0].mul}' may be what is "
+            "left of BatchNormalization: scale and shift are used, statistics are not invented"
+        )
+    return notes
 
 
 def _no_batch_norm(model: Model) -> NoBatchNormError:
@@ -297,8 +423,9 @@ def _no_batch_norm(model: Model) -> NoBatchNormError:
     return NoBatchNormError(
         what,
         where=str(model.source or "the model"),
-        hint=f"{_RE_EXPORT}; or calibrate with real images: --data DIR; or with noise: "
-        "--method noise",
+        hint=f"take the statistics from a state_dict or unfolded export: --bn-from FILE; or "
+        f"{_RE_EXPORT}; or calibrate with real images: --data DIR; or without any statistics: "
+        "--method prior, --method noise",
     )
 
 

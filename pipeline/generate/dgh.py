@@ -19,8 +19,7 @@ the network is bound by BatchNormalization otherwise:
     + optionally relu(|m_L - mean_L|^2 / C - delta) + relu(|s_L - sigma_L|^2 / C - delta) with
       the statistics of this image at the last node (eq. 7)
 
-Of outputs with many elements, as those of detectors, not only the two outermost count but the
-outermost thousandth. Several outputs are brought to a common scale first.
+`pipeline.generate.stretch` has the range.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ import torch
 from torch import Tensor
 
 from pipeline.generate.statistics import SiteTargets, Sums
+from pipeline.generate.stretch import stretch
 
 __all__ = ["DghObjective"]
 
@@ -64,7 +64,7 @@ class DghObjective:
     heads: Sequence[str] = ()
     last: int = -1
 
-    def batch_norm(self, sums: Sums) -> Tensor:
+    def statistics(self, sums: Sums) -> Tensor:
         """Return how far all images together are from the targets: a float64 scalar."""
         targets = self.targets
         offset, variance = sums.moments()
@@ -81,13 +81,7 @@ class DghObjective:
         Args:
             values: observed tensors by name, [N, ...] each.
         """
-        ranges = torch.stack([_ranges(values[name]) for name in self.heads])  # [heads, N]
-        if self.output_range == "squared":
-            ranges = ranges.square()
-        if len(ranges) > 1:
-            scale = ranges.detach().mean(1, keepdim=True).clamp_min(1e-12)
-            ranges = ranges * (scale.mean() / scale)
-        loss = -ranges.mean()
+        loss = stretch(values, self.heads, squared=self.output_range == "squared")
         if self.output_hinge is not None:
             loss = loss + self._hinges(values, self.output_hinge)
         return loss
@@ -104,14 +98,3 @@ class DghObjective:
         spread = (variance + _EPSILON).sqrt() - (target[1] + _EPSILON).sqrt()
         excess = torch.stack([(mean - target[0]).square().mean(1), spread.square().mean(1)])
         return torch.relu(excess - delta).sum(0).mean()
-
-
-def _ranges(values: Tensor) -> Tensor:
-    """Return the range of each image's elements, [N]."""
-    flat = values.flatten(1)
-    count = max(1, flat.shape[1] // 1000)
-    if count == 1:
-        return flat.amax(1) - flat.amin(1)
-    high = flat.topk(count, dim=1, sorted=False).values
-    low = flat.topk(count, dim=1, largest=False, sorted=False).values
-    return high.mean(1) - low.mean(1)

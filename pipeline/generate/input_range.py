@@ -26,6 +26,7 @@ from graph_tools.model import Model
 from pipeline.generate.network import Network
 from pipeline.generate.prior import PIXEL_MEAN, PIXEL_STD
 from pipeline.generate.statistics import SiteTargets
+from pipeline.generate.synthetic import colored, pink_noise
 from pipeline.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -125,22 +126,8 @@ def natural_noise(
     Returns:
         [N, C, H, W] float32, pixels in 0..1.
     """
-    channels, height, width = shape
-    rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
-    frequency = torch.sqrt(rows.square() + columns.square())
-    frequency[0, 0] = 1 / max(height, width)  # images differ in brightness, too
-    white = torch.randn((count, channels, height, width), generator=generator)
-    pink = torch.fft.irfft2(torch.fft.rfft2(white) / frequency, s=(height, width))
-    pink = pink / pink.square().mean().sqrt()
-    if channels == 3:
-        # Brightness, blue-yellow and green-magenta, with their shares of the variance.
-        axes = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
-        axes = axes / axes.norm(dim=1, keepdim=True)
-        shares = torch.tensor([0.93, 0.055, 0.015]).sqrt()
-        pink = torch.einsum("nihw,i,ic->nchw", pink, shares, axes) * 3**0.5
-        mean = torch.tensor(_MEAN).view(1, 3, 1, 1)
-    else:
-        mean = torch.full((1, 1, 1, 1), PIXEL_MEAN)
+    pink = colored(pink_noise(count, shape, generator))
+    mean = torch.tensor(_MEAN if shape[0] == 3 else (PIXEL_MEAN,)).view(1, -1, 1, 1)
     return torch.clamp(mean + 0.26 * pink, 0, 1)
 
 

@@ -14,25 +14,50 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from graph_tools.errors import GenerationError
-from pipeline.generate.dgh import DghObjective
 from pipeline.generate.network import Network
 from pipeline.generate.prior import ImagePrior, View
 from pipeline.generate.schedule import Plateau
 from pipeline.generate.statistics import SiteTargets, Sums
 from pipeline.generate.store import Batch, BatchStore
 
-__all__ = ["LossRecord", "OnStep", "OptimizeSettings", "measure_batch", "optimize"]
+__all__ = [
+    "LossRecord",
+    "Objective",
+    "OnStep",
+    "OptimizeSettings",
+    "measure_batch",
+    "optimize",
+]
 
 OnStep = Callable[[int, int, Mapping[str, float]], None]
 """(done, total, loss terms)"""
 
 _WEIGHT_INTERVAL = 10  # iterations between measurements of the output weight
+
+
+class Objective(Protocol):
+    """What images should fulfil."""
+
+    @property
+    def targets(self) -> SiteTargets:
+        """The tensors whose moments the loss is about."""
+
+    @property
+    def heads(self) -> Sequence[str]:
+        """Names of the outputs to stretch."""
+
+    def statistics(self, sums: Sums) -> Tensor:
+        """Return the loss of the moments of all images together: a float64 scalar."""
+
+    def output(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the output loss of a batch, averaged over its images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +67,7 @@ class LossRecord:
     Args:
         iteration: from 1.
         total: what was minimized.
-        batch_norm: distance from the BatchNormalization statistics.
+        statistics: loss of the statistics over all images.
         output: loss of the outputs, unweighted; 0 without outputs.
         output_weight: its weight (lambda) in ``total``.
         learning_rate: of RAdam.
@@ -50,7 +75,7 @@ class LossRecord:
 
     iteration: int
     total: float
-    batch_norm: float
+    statistics: float
     output: float
     output_weight: float
     learning_rate: float
@@ -78,7 +103,7 @@ def optimize(
     store: BatchStore,
     network: Network,
     prior: ImagePrior,
-    objective: DghObjective,
+    objective: Objective,
     settings: OptimizeSettings,
     generator: torch.Generator,
     on_step: OnStep | None = None,
@@ -129,7 +154,7 @@ def optimize(
             assert weight is not None
             own, terms = step.backward(weight)
             _radam_step(batch, plateaus[index].rate, iteration)
-            plateaus[index].step(terms["batch_norm"])
+            plateaus[index].step(terms["statistics"])
             batch.set_sums(own)
             total = others + own
             terms["learning_rate"] = plateaus[index].rate
@@ -170,7 +195,7 @@ class _Step:
         others: Sums,
         network: Network,
         prior: ImagePrior,
-        objective: DghObjective,
+        objective: Objective,
     ) -> None:
         self.batch, self.others = batch, others
         self.network, self.objective = network, objective
@@ -182,9 +207,9 @@ class _Step:
     def gradient_ratio(self) -> float:
         """Return |gradient of the statistics| / |gradient of the output loss|."""
         norms: list[float] = []
-        for batch_norm, output in ((1.0, 0.0), (0.0, 1.0)):
+        for statistics, output in ((1.0, 0.0), (0.0, 1.0)):
             self.batch.canvas.grad = None
-            self._propagate(batch_norm, output, keep=True)
+            self._propagate(statistics, output, keep=True)
             assert self.batch.canvas.grad is not None
             norms.append(float(self.batch.canvas.grad.norm()))
         return norms[0] / max(norms[1], 1e-30) if np.isfinite(norms).all() else 0.0
@@ -192,11 +217,11 @@ class _Step:
     def backward(self, output_weight: float) -> tuple[Sums, dict[str, float]]:
         """Set the canvas's gradient; return the batch's moments and the loss terms."""
         self.batch.canvas.grad = None
-        own, batch_norm, output = self._propagate(1.0, output_weight, keep=False)
+        own, statistics, output = self._propagate(1.0, output_weight, keep=False)
         _check_finite(own, self.objective.targets, "optimizing images")
         terms = {
-            "total": batch_norm + output_weight * output,
-            "batch_norm": batch_norm,
+            "total": statistics + output_weight * output,
+            "statistics": statistics,
             "output": output,
             "output_weight": output_weight,
         }
@@ -207,23 +232,23 @@ class _Step:
         return own, terms
 
     def _propagate(
-        self, batch_norm_weight: float, output_weight: float, *, keep: bool
+        self, weight: float, output_weight: float, *, keep: bool
     ) -> tuple[Sums, float, float]:
         objective = self.objective
         if self.values is not None:
             sums = objective.targets.measure(self.values)
-            batch_norm = objective.batch_norm(self.others + sums)
-            loss, output = batch_norm * batch_norm_weight, None
+            statistics = objective.statistics(self.others + sums)
+            loss, output = statistics * weight, None
             if output_weight:
                 output = objective.output(self.values)
                 loss = loss + output_weight * output
             loss.backward(retain_graph=keep)  # type: ignore[no-untyped-call]
             value = 0.0 if output is None else float(output.detach())
-            return sums.detach(), float(batch_norm.detach()), value
-        return self._propagate_chunks(batch_norm_weight, output_weight, keep=keep)
+            return sums.detach(), float(statistics.detach()), value
+        return self._propagate_chunks(weight, output_weight, keep=keep)
 
     def _propagate_chunks(
-        self, batch_norm_weight: float, output_weight: float, *, keep: bool
+        self, weight: float, output_weight: float, *, keep: bool
     ) -> tuple[Sums, float, float]:
         objective, targets = self.objective, self.objective.targets
         with torch.no_grad():
@@ -231,8 +256,8 @@ class _Step:
             for chunk in self.chunks:
                 sums = sums + targets.measure(self.network.observe(chunk))
         first, second = (s.clone().requires_grad_() for s in (sums.first, sums.second))
-        batch_norm = objective.batch_norm(self.others + Sums(sums.count, first, second))
-        slopes = torch.autograd.grad(batch_norm * batch_norm_weight, (first, second))
+        statistics = objective.statistics(self.others + Sums(sums.count, first, second))
+        slopes = torch.autograd.grad(statistics * weight, (first, second))
         gradients, output = [], 0.0
         for chunk in self.chunks:
             leaf = chunk.detach().requires_grad_()
@@ -245,7 +270,7 @@ class _Step:
                 loss = loss + output_weight * share
             gradients.append(torch.autograd.grad(loss, leaf)[0])
         self.images.backward(torch.cat(gradients), retain_graph=keep)  # type: ignore[no-untyped-call]
-        return sums, float(batch_norm.detach()), output
+        return sums, float(statistics.detach()), output
 
 
 def _chunks(images: Tensor, network: Network) -> Sequence[Tensor]:
@@ -268,6 +293,6 @@ def _check_finite(sums: Sums, targets: SiteTargets, what: str) -> None:
     if site is not None:
         raise GenerationError(
             f"values that are not finite while {what}",
-            where=f"BatchNormalization '{site.node}'",
+            where=f"node '{site.node}'",
             hint="check the weights before it and the input range (--mean, --std)",
         )

@@ -11,6 +11,7 @@ units that the published learning rate is for, whatever range the network takes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,15 +21,26 @@ __all__ = [
     "PIXEL_MEAN",
     "PIXEL_STD",
     "ImagePrior",
+    "Source",
     "View",
     "blur_kernel",
     "clip_straight_through",
     "default_blur",
     "default_padding",
+    "white_noise",
 ]
 
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.226
 """Mean and standard deviation of the pixels (0..1) of natural images, about ImageNet's."""
+
+
+Source = Callable[[int, tuple[int, int, int], torch.Generator], Tensor]
+"""Makes (count, [C, H, W], generator on the CPU) canvases, in standardized pixel units."""
+
+
+def white_noise(count: int, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+    """Return standard normal noise, what DGH starts from."""
+    return torch.randn((count, *shape), generator=generator)
 
 
 def default_padding(side: int) -> int:
@@ -133,6 +145,9 @@ class ImagePrior:
         low: [1, C, 1, 1] smallest valid value, standardized pixel units.
         high: [1, C, 1, 1] largest valid value.
         flip: whether views are mirrored at random.
+        source: makes what images are optimized from.
+        moving: share of the images that are optimized, the first ones of a batch; the others stay
+            as the source made them.
     """
 
     height: int
@@ -142,6 +157,8 @@ class ImagePrior:
     low: Tensor
     high: Tensor
     flip: bool = True
+    source: Source = white_noise
+    moving: float = 1.0
 
     @property
     def canvas_shape(self) -> tuple[int, int, int]:
@@ -150,9 +167,9 @@ class ImagePrior:
         return (self.low.shape[1], self.height + padding, self.width + padding)
 
     def start(self, count: int, generator: torch.Generator) -> Tensor:
-        """Return ``count`` canvases of clipped standard normal noise, on the CPU."""
-        noise = torch.randn((count, *self.canvas_shape), generator=generator)
-        return torch.clamp(noise, self.low.cpu(), self.high.cpu())
+        """Return ``count`` canvases of the source, clipped, on the CPU."""
+        canvas = self.source(count, self.canvas_shape, generator)
+        return torch.clamp(canvas, self.low.cpu(), self.high.cpu())
 
     def draw(self, generator: torch.Generator) -> View:
         """Draw a random view."""
@@ -177,6 +194,9 @@ class ImagePrior:
         Returns:
             [N, C, height, width] float32 in [low, high].
         """
+        if self.moving < 1:
+            count = math.ceil(self.moving * len(canvas))
+            canvas = torch.cat([canvas[:count], canvas[count:].detach()])
         if view.flip:
             canvas = canvas.flip(3)
         if self.kernel[1]:

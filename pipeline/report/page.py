@@ -26,7 +26,7 @@ __all__ = ["render_page"]
 
 _TERMS = {
     "total": "Total loss",
-    "batch_norm": "BatchNormalization statistics",
+    "statistics": "Loss of the statistics",
     "output": "Output loss",
     "output_weight": "Weight of the output loss",
     "learning_rate": "Learning rate (schedule)",

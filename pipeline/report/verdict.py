@@ -53,6 +53,7 @@ def judge(report: Mapping[str, Any]) -> Verdict:
     scales = "power of two" if quantization.get("power_of_two") else "not power of two"
     proved, tone, proof_facts, proof_clauses = _proof(report.get("proof"))
     clauses, facts = [*proof_clauses], [*proof_facts]
+    clauses += _basis(report)
     for clause, fact in (
         _sqnr(quantization.get("outputs") or []),
         _accuracy(report.get("evaluation") or []),
@@ -69,6 +70,28 @@ def judge(report: Mapping[str, Any]) -> Verdict:
         clauses=tuple(clauses),
         facts=tuple(facts),
     )
+
+
+_BASES = {
+    "prior": "images from an image prior, no statistics of the training data: accuracy cannot be "
+    "promised",
+    "noise": "images of Gaussian noise, which tell nothing of the training data",
+}
+
+
+def _basis(report: Mapping[str, Any]) -> list[str]:
+    """Say what the calibration rests on, in words."""
+    method = str((report.get("generation") or {}).get("method"))
+    restoration = report.get("restoration") or {}
+    if method == "dgh" and restoration.get("restored"):
+        restored, candidates = (
+            format_number(restoration.get(key)) for key in ("restored", "candidates")
+        )
+        return [
+            f"images match BatchNormalization statistics restored from a side file at {restored} "
+            f"of {candidates} nodes"
+        ]
+    return [_BASES[method]] if method in _BASES else []
 
 
 def _sqnr(outputs: Sequence[Mapping[str, Any]]) -> tuple[str, Fact | None]:

@@ -11,6 +11,8 @@ import onnx
 import pytest
 from PIL import Image
 
+from graph_tools.batchnorm import fold_batch_norms
+from graph_tools.model import load, save
 from pipeline.cli import main
 
 FAST = ["--num-images", "16", "--iterations", "3", "--mean", "0.5", "--std", "0.5"]
@@ -143,10 +145,81 @@ def test_a_network_without_batch_norm_names_the_remedies(make_model, tmp_path, c
         w=np.ones((4, 3, 3, 3), np.float32),
     )
     path = tmp_path / "built.onnx"
-    err = refuse(capsys, tmp_path, "quantize", path)
-    for remedy in ("PRESERVE", "optimize=False", "--data", "--method noise"):
+    err = refuse(capsys, tmp_path, "quantize", path, "--method", "dgh")
+    for remedy in ("--bn-from", "PRESERVE", "optimize=False", "--data", "--method noise"):
         assert remedy in err
     assert run(capsys, "quantize", path, "--method", "noise", *FAST)[0] == 0
+
+
+def test_without_batch_norm_a_prior_steps_in_and_says_so(digits, tmp_path, capsys):
+    folded = tmp_path / "folded.onnx"
+    save(fold_batch_norms(load(digits)).proto, folded)
+    code, out, err = run(capsys, "quantize", folded, *FAST)
+    assert code == 0
+    assert err.startswith("zsq: warning: no BatchNormalization: images from an image prior")
+    assert err.count("\n") == 1
+    assert "images from an image prior" in out
+    report = json.loads((tmp_path / "folded.w8a8" / "report.json").read_text())
+    assert report["generation"]["method"] == "prior"
+    assert report["warnings"][0] == report["generation"]["warnings"][0]
+    assert report["restoration"] is None
+    page = (tmp_path / "folded.w8a8" / "report.html").read_text()
+    assert "accuracy cannot be promised" in page
+    properties = {
+        p.key: p.value for p in onnx.load(tmp_path / "folded.w8a8.onnx").metadata_props
+    }
+    assert properties["zsq.images"] == "16 generated (prior)"
+    assert run(capsys, "generate", folded, "-o", tmp_path / "x.npz", "--quiet", *FAST) == (
+        0,
+        "",
+        "",
+    )
+
+
+def test_statistics_from_a_side_file_give_the_same_images(digits, tmp_path, capsys):
+    folded = tmp_path / "folded.onnx"
+    save(fold_batch_norms(load(digits)).proto, folded)
+    code, out, err = run(capsys, "quantize", folded, "--bn-from", digits, *FAST)
+    assert (code, err) == (0, "")
+    assert out.startswith("17 of 17 BatchNormalization restored from digits.onnx")
+    assert "restored from a side file" in out
+    assert run(capsys, "quantize", digits, *FAST)[0] == 0
+    kept, restored = (
+        np.load(tmp_path / f"{name}.w8a8" / "images.npz")["images"]
+        for name in ("digits", "folded")
+    )
+    np.testing.assert_allclose(restored, kept, atol=1e-4)
+    report = json.loads((tmp_path / "folded.w8a8" / "report.json").read_text())
+    restoration = report["restoration"]
+    assert (
+        restoration["restored"]
+        == restoration["candidates"]
+        == report["model"]["num_batch_norms"]
+    )
+    assert {match["state"] for match in restoration["matches"]} == {"restored", "unchanged"}
+    page = (tmp_path / "folded.w8a8" / "report.html").read_text()
+    assert "BatchNormalization restored" in page
+    code, out, _ = run(
+        capsys,
+        "generate",
+        folded,
+        "--bn-from",
+        digits,
+        "-o",
+        tmp_path / "x.npz",
+        "--json",
+        *FAST,
+    )
+    assert code == 0
+    assert json.loads(out)["restoration"]["restored"] == restoration["restored"]
+
+
+def test_a_side_file_of_another_network_is_one_line(digits, digits_models, tmp_path, capsys):
+    folded = tmp_path / "folded.onnx"
+    save(fold_batch_norms(load(digits)).proto, folded)
+    other = digits_models / "digits_resnet.onnx"
+    err = refuse(capsys, tmp_path, "quantize", folded, "--bn-from", other)
+    assert "nothing in it belongs to this network" in err
 
 
 def test_a_failed_proof_exits_with_one(digits, tmp_path, capsys):

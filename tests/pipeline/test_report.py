@@ -193,7 +193,7 @@ def make_report(num_layers: int = 19, num_iterations: int = 40) -> dict[str, Any
                 {
                     "iteration": i,
                     "total": 40 * math.exp(-i / num_iterations * 5) + 0.9 + 0.1 * math.sin(i),
-                    "batch_norm": 32 * math.exp(-i / num_iterations * 5) + 0.7,
+                    "statistics": 32 * math.exp(-i / num_iterations * 5) + 0.7,
                     "output": 8 * math.exp(-i / num_iterations * 4) + 0.01,
                     "unused": 0.0,
                 }

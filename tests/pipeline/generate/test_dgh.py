@@ -38,7 +38,7 @@ def sums(sites: SiteTargets, mean: torch.Tensor, variance: torch.Tensor) -> Sums
 def test_loss_is_zero_at_the_targets(form: str) -> None:
     sites = targets(3, 5)
     objective = DghObjective(targets=sites, form=form)  # type: ignore[arg-type]
-    loss = objective.batch_norm(sums(sites, sites.center, sites.variance))
+    loss = objective.statistics(sums(sites, sites.center, sites.variance))
     assert loss.item() == pytest.approx(0, abs=1e-12)
 
 
@@ -50,7 +50,7 @@ def test_loss_of_gaussian_activations_of_known_moments_is_zero() -> None:
     )
     shape = (1, -1, 1, 1)
     values = noise * sites.variance.sqrt().view(shape) + sites.center.view(shape)
-    loss = DghObjective(targets=sites).batch_norm(sites.measure({"x0": values}))
+    loss = DghObjective(targets=sites).statistics(sites.measure({"x0": values}))
     assert loss.item() == pytest.approx(0, abs=1e-12)
 
 
@@ -65,7 +65,7 @@ def test_code_form_is_the_published_formula() -> None:
         error = (mean[rows] - sites.center[rows]).square().mean() + 10 * std.square().mean()
         expected += error.item() / 2
     objective = DghObjective(targets=sites, std_weight=10, site_balance=0)
-    loss = objective.batch_norm(sums(sites, mean, variance))
+    loss = objective.statistics(sums(sites, mean, variance))
     assert loss.item() == pytest.approx(expected, rel=1e-9)
 
 
@@ -74,7 +74,7 @@ def test_paper_form_is_equation_4() -> None:
     mean, variance = torch.zeros(8).double(), torch.ones(8).double()
     expected = sites.center.square().sum() + (1 - sites.variance).square().sum()
     objective = DghObjective(targets=sites, form="paper")
-    loss = objective.batch_norm(sums(sites, mean, variance))
+    loss = objective.statistics(sums(sites, mean, variance))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
 
 
@@ -85,7 +85,7 @@ def test_full_balance_makes_the_loss_independent_of_a_sites_units() -> None:
         sites.center, sites.variance = sites.center * unit, sites.variance * unit**2
         objective = DghObjective(targets=sites, site_balance=1)
         mean = torch.tensor([0.0, 1.0, -1.0]).double() * unit
-        losses.append(objective.batch_norm(sums(sites, mean, mean.square() + unit**2)).item())
+        losses.append(objective.statistics(sums(sites, mean, mean.square() + unit**2)).item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import torch
 from graph_tools.batchnorm import find_batch_norms
 from graph_tools.errors import DataError, GenerationError, NoBatchNormError, SettingsError
 from graph_tools.model import Model, initializers, load
+from graph_tools.restore import restore_batch_norms
+from graph_tools.side_file import read_side_file
 from graph_tools.torch_graph import TorchGraph
 from pipeline.generate import Generated, default_batch_size, generate
 from pipeline.preprocessing import Preprocessing
@@ -79,8 +83,8 @@ def test_loss_falls_on_the_shipped_networks(
     model = load(digits_models / f"{name}.onnx")
     settings = GenerateSettings(num_images=32, iterations=100, batch_size=16)
     result = generate(model, settings, tmp_path / "images.npz")
-    first = np.mean([record.batch_norm for record in result.history[:3]])
-    last = np.mean([record.batch_norm for record in result.history[-3:]])
+    first = np.mean([record.statistics for record in result.history[:3]])
+    last = np.mean([record.statistics for record in result.history[-3:]])
     assert last < 0.2 * first
     for kind in ("mean", "std"):
         before, after = (
@@ -141,17 +145,119 @@ def test_without_batch_norm_the_remedies_are_named(
     without_batch_norm: Model, tmp_path: Path
 ) -> None:
     with pytest.raises(NoBatchNormError) as caught:
-        run(without_batch_norm, tmp_path / "x.npz")
+        run(without_batch_norm, tmp_path / "x.npz", method="dgh")
     line = str(caught.value)
     assert "\n" not in line
+    assert line.index("--bn-from FILE") < line.index("do_constant_folding")
     for remedy in (
         "do_constant_folding=False",
         "optimize=False",
         "--data DIR",
+        "--method prior",
         "--method noise",
     ):
         assert remedy in line
     assert list(tmp_path.glob("x*")) == []
+
+
+def test_without_batch_norm_images_come_from_the_prior(
+    small: Model, without_batch_norm: Model, tmp_path: Path
+) -> None:
+    assert run(small, tmp_path / "a.npz").method == "dgh"
+    result = run(without_batch_norm, tmp_path / "b.npz")
+    assert result.method == "prior"
+    assert "accuracy cannot be promised" in result.warnings[0]
+    assert result.statistics == ()
+    assert len(result.history) == 12
+    low, high = result.preprocessing.valid_range(3)
+    images = result.images.load()
+    assert (images >= low.reshape(3, 1, 1) - 1e-5).all()
+    assert (images <= high.reshape(3, 1, 1) + 1e-5).all()
+
+
+def test_prior_wakes_features_and_stays_near_its_images(small: Model, tmp_path: Path) -> None:
+    options = {"method": "prior", "num_images": 16, "flip": False, "padding": 0}
+    start = run(small, tmp_path / "a.npz", **options, iterations=1, learning_rate=1e-9)
+    result = run(small, tmp_path / "b.npz", **options, iterations=50, learning_rate=0)
+    assert result.history[-1].total < result.history[0].total
+    assert result.history[-1].output < result.history[0].output
+    before, after = start.images.load(), result.images.load()
+    assert 0.01 < np.abs(after - before).mean() / before.std() < 0.3
+    np.testing.assert_allclose(after.std(), before.std(), rtol=0.1)
+
+
+def test_restored_statistics_give_the_same_images(shared_models: Path, tmp_path: Path) -> None:
+    kept = load(shared_models / "cifar10_resnet20.onnx")
+    side = read_side_file(shared_models / "cifar10_resnet20.onnx")
+    folded = load(shared_models / "cifar10_resnet20_folded.onnx")
+    restored = restore_batch_norms(folded, side).model
+    options = {"method": "dgh", "num_images": 8, "batch_size": 8, "iterations": 8}
+    expected = run(kept, tmp_path / "a.npz", **options)
+    found = run(restored, tmp_path / "b.npz", **options)
+    assert expected.images.load().std() > 0.1
+    np.testing.assert_allclose(found.images.load(), expected.images.load(), atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["GroupNormalization", "LayerNormalization"])
+def test_prior_takes_networks_that_never_had_batch_norm(norm: str, tmp_path: Path) -> None:
+    model = load(transformer_like(norm, tmp_path / "net.onnx"))
+    result = run(model, tmp_path / "x.npz", iterations=3, learning_rate=0.1)
+    assert result.method == "prior"
+    assert np.isfinite(result.images.load()).all()
+
+
+def transformer_like(norm: str, path: Path) -> Path:
+    """Patches, a normalization, attention (not with GroupNormalization), a head, by torch."""
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = torch.nn.Conv2d(3, 16, 4, stride=4)
+            self.group, self.layer = torch.nn.GroupNorm(4, 16), torch.nn.LayerNorm(16)
+            self.mix, self.head = torch.nn.Linear(16, 48), torch.nn.Linear(16, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.patches(x)
+            if norm == "GroupNormalization":
+                return self.head(torch.relu(self.group(x)).mean((2, 3)))
+            x = self.layer(x.flatten(2).transpose(1, 2))
+            q, k, v = self.mix(x).chunk(3, dim=-1)
+            x = x + torch.softmax(q @ k.transpose(1, 2) / 4, dim=-1) @ v
+            return self.head(x.mean(1))
+
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Net().eval(), (torch.zeros(1, 3, 16, 16),), str(path), dynamo=False,
+            input_names=["x"], opset_version=17, dynamic_axes={"x": {0: "n"}},
+        )  # fmt: skip
+    return path
+
+
+def test_prior_of_a_fixed_batch_is_the_same(small: Model, tmp_path: Path) -> None:
+    options = {"method": "prior", "iterations": 6, "learning_rate": 0.1}
+    whole = run(small, tmp_path / "a.npz", **options)
+    three = run(replace(small, fixed_batch=3), tmp_path / "b.npz", **options)
+    np.testing.assert_allclose(three.images.load(), whole.images.load(), atol=2e-3)
+
+
+def test_convolutions_that_lost_their_batch_norm_are_named(
+    make_model: Callable[..., Model], tmp_path: Path
+) -> None:
+    one = np.ones((4, 4, 1, 1), np.float32)
+    vector = np.ones(4, np.float32)
+    model = make_model(
+        "g (float[N,4,8,8] x) => (float[N,4,8,8] y) { a = Conv(x, w) r = Relu(a) b = Conv(r, w) "
+        "n = BatchNormalization(b, v, v, v, v) m = Mul(n, s) t = Add(m, s) q = Relu(t) "
+        "y = Conv(q, w) }",
+        w=one,
+        v=vector,
+        s=vector.reshape(1, 4, 1, 1),
+    )
+    notes = " ".join(run(model, tmp_path / "x.npz", iterations=1).notes)
+    assert "1 convolution(s) such as 'a' have no BatchNormalization" in notes
+    assert "1 Mul and Add pair(s)" in notes
 
 
 def test_nothing_is_left_after_a_failure(small: Model, tmp_path: Path) -> None:
@@ -189,7 +295,7 @@ def test_progress_is_reported_for_every_step(small: Model, tmp_path: Path) -> No
 
     def on_step(done: int, total: int, terms: object) -> None:
         assert isinstance(terms, dict)
-        assert {"total", "batch_norm", "output"} <= set(terms)
+        assert {"total", "statistics", "output"} <= set(terms)
         steps.append((done, total))
 
     generate(
@@ -244,7 +350,7 @@ def test_layout_and_range_are_the_models_own(shared_models: Path, tmp_path: Path
     assert images.min() >= -0.01
     assert images.max() <= 255.01
     assert images.std() > 25
-    assert result.history[-1].batch_norm < 0.1 * result.history[0].batch_norm
+    assert result.history[-1].statistics < 0.1 * result.history[0].statistics
 
 
 def test_batches_shrink_with_the_image() -> None:
