@@ -22,6 +22,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from graph_tools.errors import SettingsError, ZsqError
 from pipeline.settings import (
@@ -470,14 +471,13 @@ def _print_restoration(facts: Mapping[str, Any] | None) -> None:
     table = Table("node", f"weight in {name}", "BatchNormalization", "cosine", "bias error")
     for match in facts["matches"]:
         cosine, residual = match["cosine"], match["bias_residual"]
+        names = match["node"], match["weight"] or "-", match["norm"] or match["reason"]
         table.add_row(
-            match["node"],
-            match["weight"] or "-",
-            match["norm"] or match["reason"],
+            *(Text(name, overflow="fold") for name in names),
             "-" if cosine is None else f"{cosine:.6f}",
             "-" if residual is None else f"{residual:.1e}",
         )
-    _stdout.print(table, markup=False)
+    _stdout.print(table)
 
 
 def _print_generation(facts: Mapping[str, Any]) -> None:

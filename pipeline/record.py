@@ -293,7 +293,7 @@ class Record:
 
     def _warnings(self, report: Mapping[str, Any]) -> list[str]:
         warnings = list(self.generated.warnings) if self.generated is not None else []
-        if self.preprocessing.source.startswith("guessed"):
+        if self.preprocessing.source.startswith(("guessed", "assumed")):
             warnings.append(
                 f"normalization was {self.preprocessing.source}; give --mean and --std if wrong"
             )
