@@ -8,6 +8,7 @@ arithmetic (`graph_tools.shape_rules`). What cannot be spelled so stays as it wa
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from onnx import numpy_helper
 from graph_tools.folding import check_sizes, fold_constants, fold_shapes
 from graph_tools.shape_rules import Probe, Use, free_constant, rewrite, same
 from graph_tools.shapes import BATCH, PROBES, infer, set_shape, with_batch
+from graph_tools.walk import all_nodes
 
 __all__ = ["fold_at_batch", "generalize_batch", "resolve_shapes"]
 
@@ -41,6 +43,10 @@ def resolve_shapes(
     """
     proto = fold_constants(proto)
     for _ in range(_MAX_ROUNDS):
+        if not any(node.op_type in ("Shape", "Size") for node in all_nodes(proto)):
+            for batch in batches:
+                check_sizes(infer(with_batch(proto, proto.graph.input[0].name, batch)))
+            break  # nothing can follow the batch by value
         probes = tuple(fold_at_batch(proto, batch) for batch in batches)
         if not _substitute(proto, probes):
             break
@@ -79,34 +85,39 @@ def _substitute(proto: onnx.ModelProto, probes: tuple[Probe, ...]) -> bool:
     inputs = {value.name for value in graph.input}
     made = [name for node in graph.node for name in node.output if name and name not in inputs]
     changed = False
+    makers = {name: node for node in graph.node for name in node.output}
+    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for name in set(node.input):
+            readers[name].append(node)
     for name in made:
         if not all(name in probe.constants for probe in probes):
             continue
         values = tuple(probe.constants[name] for probe in probes)
         if all(same(value, values[0]) for value in values):
-            _make_constant(graph, name, values[0])
+            _make_constant(graph, makers[name], name, values[0])
             changed = True
         else:
-            changed |= _rewrite_uses(graph, name, values, probes)
+            changed |= _rewrite_uses(graph, readers[name], name, values, probes)
     return changed
 
 
-def _make_constant(graph: onnx.GraphProto, name: str, value: np.ndarray) -> None:
-    for node in graph.node:
-        for index, output in enumerate(node.output):
-            if output == name:
-                node.output[index] = f"{name}/unused"
+def _make_constant(
+    graph: onnx.GraphProto, maker: onnx.NodeProto, name: str, value: np.ndarray
+) -> None:
+    maker.output[list(maker.output).index(name)] = f"{name}/unused"
     graph.initializer.append(numpy_helper.from_array(value, name))
 
 
 def _rewrite_uses(
     graph: onnx.GraphProto,
+    readers: Sequence[onnx.NodeProto],
     name: str,
     values: tuple[np.ndarray, ...],
     probes: tuple[Probe, ...],
 ) -> bool:
     changed = False
-    for node in graph.node:
+    for node in readers:
         for index in [i for i, given in enumerate(node.input) if given == name]:
             changed |= rewrite(graph, Use(node, index, values, probes))
     return changed

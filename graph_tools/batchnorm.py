@@ -22,6 +22,7 @@ from onnx import helper, numpy_helper
 
 from graph_tools.errors import ModelError
 from graph_tools.model import Model, initializers, replace_proto
+from graph_tools.weights import SMALL, is_outside, outside_tensor
 
 __all__ = [
     "AffineLeftover",
@@ -284,13 +285,15 @@ def _write_weights(
 ) -> tuple[str, str]:
     """Put new weights behind `producer`, named after its old ones where these are free."""
     taken = {t.name for t in graph.initializer} | {o for n in graph.node for o in n.output}
+    moved = any(is_outside(t) for t in graph.initializer)
     bias = producer.input[2] if len(producer.input) > 2 else ""
     names = (
         _unused(f"{producer.input[1]}/folded", taken),
         _unused(f"{bias or node.input[2]}/folded", taken),
     )
     for name, value in zip(names, weights, strict=True):
-        graph.initializer.append(numpy_helper.from_array(value, name))
+        make = outside_tensor if moved and value.nbytes >= SMALL else numpy_helper.from_array
+        graph.initializer.append(make(value, name))
     del producer.input[1:]
     producer.input.extend(names)
     for attribute in producer.attribute:

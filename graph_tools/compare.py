@@ -18,6 +18,8 @@ import onnx
 import onnxruntime as ort
 
 from graph_tools.errors import DataError, ModelError
+from graph_tools.shapes import outline
+from graph_tools.weights import is_outside, values_of
 
 __all__ = ["Histogram", "TensorComparison", "compare_tensors", "with_outputs"]
 
@@ -146,9 +148,11 @@ class _Run:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        bare = outline(with_outputs(proto, self.names), outside_only=True)
+        self.weights = {t.name: values_of(t) for t in proto.graph.initializer if is_outside(t)}
         try:
             self.session = ort.InferenceSession(
-                with_outputs(proto, self.names).SerializeToString(),
+                bare.SerializeToString(),
                 options,
                 providers=["CPUExecutionProvider"],
             )
@@ -169,7 +173,7 @@ class _Run:
             filler = np.repeat(images[-1:], size - count, axis=0)
             images = np.concatenate([images, filler])
         try:
-            values = self.session.run(self.names, {self.input: images})
+            values = self.session.run(self.names, {self.input: images, **self.weights})
         except Exception as error:  # see above
             raise ModelError(f"onnxruntime fails on a batch of {size}: {error}") from error
         return {

@@ -14,8 +14,10 @@ import onnxruntime
 
 from graph_tools.image_input import ImageInput
 from graph_tools.quiet import quiet
+from graph_tools.shapes import outline
+from graph_tools.weights import is_outside, values_of
 
-__all__ = ["Reference", "largest_difference", "run_model"]
+__all__ = ["Reference", "Runner", "largest_difference", "run_model"]
 
 _MAX_IR = 10
 _TOLERANCE = 1e-3
@@ -23,39 +25,59 @@ _HALF_TOLERANCE = 3e-2
 _FATAL = 4
 
 
-def run_model(
-    proto: onnx.ModelProto, feeds: Mapping[str, np.ndarray], *, threads: int = 0
-) -> list[np.ndarray]:
-    """Run a model once on the CPU.
+class Runner:
+    """A model in onnxruntime on the CPU, without optimizations.
+
+    Weights outside the model are fed like images: onnxruntime then uses the mapped memory
+    itself, where initializers would be copied.
 
     Args:
         proto: any model that onnxruntime takes; its IR version may be newer than it reads.
-        feeds: arrays by input name.
         threads: 0 lets onnxruntime choose.
 
-    Returns:
-        The graph outputs in order.
-
     Raises:
-        RuntimeError: onnxruntime refuses the model or fails to run it.
+        RuntimeError: onnxruntime refuses the model.
     """
-    if proto.ir_version > _MAX_IR:
-        lowered = onnx.ModelProto()
-        lowered.CopyFrom(proto)
-        lowered.ir_version = _MAX_IR
-        proto = lowered
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = _FATAL
-    options.intra_op_num_threads = threads
-    try:
-        with quiet():
-            session = onnxruntime.InferenceSession(
-                proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-            return [np.asarray(output) for output in session.run(None, dict(feeds))]
-    except Exception as error:  # its exceptions share no base class
-        raise RuntimeError(" ".join(str(error).split())[:200]) from error
+
+    def __init__(self, proto: onnx.ModelProto, *, threads: int = 0) -> None:
+        self._weights = {
+            t.name: values_of(t) for t in proto.graph.initializer if is_outside(t)
+        }
+        model = outline(proto, outside_only=True) if self._weights else onnx.ModelProto()
+        if not self._weights:
+            model.CopyFrom(proto)
+        model.ir_version = min(model.ir_version, _MAX_IR)
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = _FATAL
+        options.intra_op_num_threads = threads
+        try:
+            with quiet():
+                self._session = onnxruntime.InferenceSession(
+                    model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+                )
+        except Exception as error:  # its exceptions share no base class
+            raise RuntimeError(" ".join(str(error).split())[:200]) from error
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Return the graph outputs in order, for arrays by input name.
+
+        Raises:
+            RuntimeError: onnxruntime fails to run the model.
+        """
+        try:
+            with quiet():
+                outputs = self._session.run(None, {**feeds, **self._weights})
+        except Exception as error:  # as above
+            raise RuntimeError(" ".join(str(error).split())[:200]) from error
+        return [np.asarray(output) for output in outputs]
+
+
+def run_model(
+    proto: onnx.ModelProto, feeds: Mapping[str, np.ndarray], *, threads: int = 0
+) -> list[np.ndarray]:
+    """Run a model once; see `Runner`."""
+    return Runner(proto, threads=threads)(feeds)
 
 
 def largest_difference(actual: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
@@ -105,6 +127,7 @@ class Reference:
 
     def __init__(self, original: onnx.ModelProto, image: ImageInput) -> None:
         self._original, self._image = original, image
+        self._runner: Runner | None = None  # to open a deep graph takes seconds
         elem_type = next(
             v.type.tensor_type.elem_type for v in original.graph.input if v.name == image.name
         )
@@ -124,8 +147,9 @@ class Reference:
             RuntimeError: onnxruntime does not take the file, or not this batch.
         """
         images = self.images(count).astype(self._dtype)
+        self._runner = runner = self._runner or Runner(self._original)
         parts = [
-            run_model(self._original, {self._image.name: images[start : start + batch]})
+            runner({self._image.name: images[start : start + batch]})
             for start in range(0, count, batch)
         ]
         if len(parts) == 1:

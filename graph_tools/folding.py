@@ -6,6 +6,8 @@ Only nodes whose results have a known and reasonable size are computed.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -14,6 +16,8 @@ from graph_tools.errors import ModelError
 from graph_tools.passes import constants_to_initializers, inline_constant_ifs, remove_no_ops
 from graph_tools.quiet import one_line, quiet
 from graph_tools.shapes import TensorType, infer
+from graph_tools.walk import subgraphs
+from graph_tools.weights import import_graph, is_outside, move_out
 
 __all__ = [
     "MAX_CONSTANT",
@@ -64,6 +68,8 @@ def fold_constants(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 def _fold_once(proto: onnx.ModelProto) -> onnx.ModelProto:
     foldable = _foldable(proto, infer(proto))
+    if not foldable:
+        return _without_dead(proto)
     try:
         result = _gs_fold(proto, foldable, partitioning=None)
     except Exception:  # one node that onnxruntime cannot run must not keep the rest
@@ -78,7 +84,7 @@ def _gs_fold(
     proto: onnx.ModelProto, foldable: set[str], *, partitioning: str | None
 ) -> onnx.ModelProto:
     with quiet():
-        graph = gs.import_onnx(proto)
+        graph = import_graph(proto)
         graph.toposort()
         if foldable:
             graph.fold_constants(
@@ -94,6 +100,33 @@ def _gs_fold(
         return result
 
 
+def _without_dead(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy a sorted model without the nodes and initializers that no output needs."""
+    wanted = {value.name for value in proto.graph.output}
+    kept = []
+    for node in reversed(proto.graph.node):
+        if not wanted.isdisjoint(node.output):
+            kept.append(node)
+            wanted |= _read(node)
+    result = onnx.ModelProto()
+    result.CopyFrom(proto)
+    for name in ("node", "initializer", "value_info"):
+        del getattr(result.graph, name)[:]
+    result.graph.node.extend(reversed(kept))
+    result.graph.initializer.extend(t for t in proto.graph.initializer if t.name in wanted)
+    return result
+
+
+def _read(node: onnx.NodeProto) -> set[str]:
+    """Return the tensors that a node and its subgraphs read."""
+    names = set(node.input)
+    for graph in subgraphs(node):
+        names.update(value.name for value in graph.output)
+        for inner in graph.node:
+            names |= _read(inner)
+    return names
+
+
 def sort_nodes(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy with the nodes in the order of the data.
 
@@ -103,7 +136,7 @@ def sort_nodes(proto: onnx.ModelProto) -> onnx.ModelProto:
     try:
         with quiet():
             result: onnx.ModelProto = gs.export_onnx(
-                gs.import_onnx(proto).toposort(), do_type_check=False
+                import_graph(proto).toposort(), do_type_check=False
             )
     except Exception as error:
         raise ModelError(f"the nodes cannot be sorted: {one_line(error)}") from error
@@ -124,12 +157,13 @@ def _restored(source: onnx.ModelProto, result: onnx.ModelProto) -> onnx.ModelPro
         del getattr(result.graph, name)[:]
         getattr(result.graph, name).extend(getattr(source.graph, name))
     del result.graph.value_info[:]
+    move_out(result)
     return result
 
 
 def _foldable(proto: onnx.ModelProto, types: dict[str, TensorType]) -> set[str]:
     """Return the outputs of the nodes that depend on constants only and may be computed."""
-    constant = {t.name for t in proto.graph.initializer}
+    constant = {t.name for t in proto.graph.initializer if not is_outside(t)}
     foldable: set[str] = set()
     pending = list(proto.graph.node)
     while pending:
@@ -164,7 +198,7 @@ def _may_compute(node: onnx.NodeProto, types: dict[str, TensorType]) -> bool:
 
 
 def _num_elements(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=object))
+    return math.prod(shape)
 
 
 def fold_shapes(proto: onnx.ModelProto) -> bool:
@@ -176,7 +210,7 @@ def fold_shapes(proto: onnx.ModelProto) -> bool:
     types = infer(proto)
     graph = proto.graph
     done = []
-    for node in graph.node:
+    for index, node in enumerate(graph.node):
         if node.op_type not in ("Shape", "Size"):
             continue
         shape = types[node.input[0]].static if node.input[0] in types else None
@@ -189,9 +223,9 @@ def fold_shapes(proto: onnx.ModelProto) -> bool:
         else:
             value = np.array(_num_elements(shape), np.int64)
         graph.initializer.append(onnx.numpy_helper.from_array(value, node.output[0]))
-        done.append(node)
-    for node in done:
-        graph.node.remove(node)
+        done.append(index)
+    for index in reversed(done):
+        del graph.node[index]
     return bool(done)
 
 

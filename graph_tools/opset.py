@@ -17,6 +17,7 @@ from graph_tools.errors import ModelError, UnsupportedOperatorError
 from graph_tools.quiet import quiet
 from graph_tools.shapes import infer, set_shape
 from graph_tools.walk import all_nodes
+from graph_tools.weights import is_outside
 
 __all__ = [
     "IR_VERSION",
@@ -196,15 +197,20 @@ def _convert(
 ) -> onnx.ModelProto:
     del proto.opset_import[:]
     proto.opset_import.append(helper.make_opsetid("", version))
+    outside = {t.name: t for t in proto.graph.initializer if is_outside(t)}
     try:
         with quiet():
-            return version_converter.convert_version(proto, target)
+            result = version_converter.convert_version(proto, target)
     except Exception as error:
         raise ModelError(
             f"opset {version} cannot be converted to {target}: {_first_line(error)}",
             where=where,
             hint="export again with opset_version=17",
         ) from error
+    for tensor in result.graph.initializer:
+        if tensor.name in outside:  # the converter forgets where the values are
+            tensor.CopyFrom(outside[tensor.name])
+    return result
 
 
 def _set_resize_modes(graph: onnx.GraphProto) -> None:

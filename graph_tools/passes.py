@@ -6,6 +6,7 @@ precision of `to_float32`).
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,6 +15,7 @@ from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from graph_tools.errors import ModelError
 from graph_tools.walk import all_graphs, all_nodes, all_tensors, subgraphs
+from graph_tools.weights import is_outside, outside_tensor, values_of
 
 __all__ = [
     "FLOAT_TYPES",
@@ -33,6 +35,7 @@ FLOAT_TYPES = frozenset(
 _OTHER_FLOATS = FLOAT_TYPES - {TensorProto.FLOAT}
 _TYPE_ATTRIBUTES = frozenset({"to", "dtype"})
 _MAX_SPARSE = 2**26
+_CHUNK = 2**22  # elements converted at once
 
 
 def check_inference_mode(proto: onnx.ModelProto, *, where: str) -> None:
@@ -137,11 +140,14 @@ def to_float32(proto: onnx.ModelProto) -> tuple[str, ...]:
     for _, tensor in all_tensors(proto):
         if tensor.data_type in _OTHER_FLOATS:
             found.add(tensor.data_type)
-            values = numpy_helper.to_array(tensor).astype(np.float64)
-            limit = np.finfo(np.float32)
-            finite = np.clip(values, limit.min, limit.max)
-            values = np.where(np.isfinite(values), finite, values)
-            tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float32), tensor.name))
+            values = values_of(tensor)
+            single = np.empty(values.shape, np.float32)
+            wide, narrow = values.reshape(-1), single.reshape(-1)
+            for start in range(0, wide.size, _CHUNK):
+                part = slice(start, start + _CHUNK)
+                narrow[part] = _as_float32(wide[part])
+            make = outside_tensor if is_outside(tensor) else numpy_helper.from_array
+            tensor.CopyFrom(make(single, tensor.name))
     for node in all_nodes(proto):
         for attribute in node.attribute:
             is_type = attribute.type == AttributeProto.INT
@@ -154,6 +160,13 @@ def to_float32(proto: onnx.ModelProto) -> tuple[str, ...]:
                 found.add(value.type.tensor_type.elem_type)
                 value.type.tensor_type.elem_type = TensorProto.FLOAT
     return tuple(sorted(TensorProto.DataType.Name(t).lower() for t in found))
+
+
+def _as_float32(values: np.ndarray) -> np.ndarray:
+    exact = values.astype(np.float64)
+    limit = np.finfo(np.float32)
+    finite = np.clip(exact, limit.min, limit.max)
+    return np.where(np.isfinite(exact), finite, exact).astype(np.float32)
 
 
 def rename_tensor(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
@@ -182,16 +195,40 @@ def remove_no_ops(graph: onnx.GraphProto) -> None:
     outputs = {value.name for value in graph.output}
     fixed = outputs | {v.name for v in graph.input} | {t.name for t in graph.initializer}
     constants = {t.name: t for t in graph.initializer}
-    for node in list(graph.node):
+    users: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for name in _touched(node):
+            users[name].append(node)
+
+    def rename(old: str, new: str) -> None:
+        touching = users.pop(old, [])
+        rename_tensor(touching, old, new)
+        users[new].extend(touching)
+
+    removed = []
+    for index, node in enumerate(graph.node):
         if not _is_no_op(node, constants):
             continue
         source, target = node.input[0], node.output[0]
         if target not in outputs:
-            graph.node.remove(node)
-            rename_tensor(graph.node, target, source)
+            rename(target, source)
         elif source not in fixed:
-            graph.node.remove(node)
-            rename_tensor(graph.node, source, target)
+            rename(source, target)
+        else:
+            continue
+        removed.append(index)
+    for index in reversed(removed):
+        del graph.node[index]
+
+
+def _touched(node: onnx.NodeProto) -> set[str]:
+    """Return the tensors that a node and its subgraphs name."""
+    names = {*node.input, *node.output}
+    for graph in subgraphs(node):
+        names.update(value.name for value in graph.output)
+        for inner in graph.node:
+            names |= _touched(inner)
+    return names
 
 
 def _is_no_op(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> bool:

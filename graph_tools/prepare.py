@@ -27,6 +27,7 @@ from graph_tools.rewrites import (
     round_average_pools_down,
     write_attributes_out,
 )
+from graph_tools.weights import import_graph
 
 __all__ = ["prepare_for_quantization"]
 
@@ -58,7 +59,7 @@ def prepare_for_quantization(model: Model) -> Model:
         The rewritten network; its ``notes`` say what was changed.
     """
     folded = fold_batch_norms(model)
-    graph = gs.import_onnx(folded.proto)
+    graph = import_graph(folded.proto)
     notes: list[str] = []
     for rewrite, effect in _REWRITES:
         count = rewrite(graph)

@@ -17,8 +17,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from graph_tools import weights
 from graph_tools.model import Model, initializers
 from graph_tools.quantizer import Plan, QuantizedConstant, TensorQuantizer
+from graph_tools.shapes import outline
 
 __all__ = ["dequantized_name", "write_qdq"]
 
@@ -179,10 +181,7 @@ def _assemble(model: Model, writer: _Writer) -> onnx.ModelProto:
         source.name or "quantized",
         [_with_batch(value, model.input.batch) for value in source.input],
         [_with_batch(value, model.input.batch) for value in source.output],
-        [
-            numpy_helper.from_array(values, name)
-            for name, values in writer.initializers.items()
-        ],
+        _tensors(writer.initializers),
     )
     proto = helper.make_model(
         graph,
@@ -190,9 +189,21 @@ def _assemble(model: Model, writer: _Writer) -> onnx.ModelProto:
         ir_version=model.proto.ir_version,
         opset_imports=list(model.proto.opset_import),
     )
-    proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    onnx.checker.check_model(proto, full_check=True)
+    bare = outline(proto, outside_only=True)
+    inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True)
+    onnx.checker.check_model(inferred, full_check=True)
+    proto.graph.value_info.extend(inferred.graph.value_info)
     return proto
+
+
+def _tensors(values: Mapping[str, np.ndarray[Any, Any]]) -> list[onnx.TensorProto]:
+    large = sum(array.nbytes for array in values.values()) > weights.MAX_INLINE
+    return [
+        weights.outside_tensor(array, name)
+        if large and array.nbytes >= weights.SMALL
+        else numpy_helper.from_array(array, name)
+        for name, array in values.items()
+    ]
 
 
 def _with_batch(value: onnx.ValueInfoProto, batch: int | None) -> onnx.ValueInfoProto:

@@ -14,13 +14,13 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
+from graph_tools import weights
 from graph_tools.errors import ModelError
 from graph_tools.walk import all_graphs, all_nodes, all_tensors
 
-__all__ = ["MAX_BYTES", "check_weights", "read_proto"]
+__all__ = ["MAX_BYTES", "check_weights", "num_bytes", "read_proto"]
 
 MAX_BYTES = 2**31 - 1
 """The most bytes that protobuf reads or writes as one message."""
@@ -46,10 +46,12 @@ def read_proto(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, str]:
         path: an .onnx file.
 
     Returns:
-        The model, all weights inside it, and the sha256 of the file in hex.
+        The model and the sha256 of the file in hex. All weights are inside, unless there are
+        more than `graph_tools.weights.MAX_INLINE` bytes: then the large ones stay in the files
+        of external data (`graph_tools.weights.values_of` maps them).
 
     Raises:
-        ModelError: the file is missing, empty, truncated, not ONNX or larger than
+        ModelError: the file is missing, empty, truncated, not ONNX or itself larger than
             `MAX_BYTES`, or its external data is missing, too short or outside its folder.
     """
     file = Path(path)
@@ -67,7 +69,11 @@ def read_proto(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, str]:
     if data.startswith(b"version https://git-lfs"):
         raise ModelError("is a Git LFS pointer", where=where, hint="run `git lfs pull`")
     if len(data) > MAX_BYTES:
-        raise ModelError("larger than 2 GiB, the limit of ONNX files", where=where)
+        raise ModelError(
+            "larger than 2 GiB, the limit of ONNX files",
+            where=where,
+            hint="export with external data",
+        )
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(data)
@@ -85,6 +91,20 @@ def read_proto(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, str]:
         )
     _load_external_data(proto, file)
     return proto, hashlib.sha256(data).hexdigest()
+
+
+def num_bytes(path: str | os.PathLike[str]) -> int:
+    """Return the size of a model that `read_proto` takes, external data included."""
+    file = Path(path)
+    proto = onnx.load(file, load_external_data=False)
+    external = {
+        file.parent / entry.value
+        for _, tensor in all_tensors(proto)
+        if uses_external_data(tensor)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return sum(part.stat().st_size for part in (file, *sorted(external)))
 
 
 def _texts(proto: onnx.ModelProto) -> Iterator[object]:
@@ -108,14 +128,13 @@ def _texts(proto: onnx.ModelProto) -> Iterator[object]:
 def _load_external_data(proto: onnx.ModelProto, file: Path) -> None:
     tensors = [(name, tensor) for name, tensor in all_tensors(proto)]
     external = [(name, tensor) for name, tensor in tensors if uses_external_data(tensor)]
-    total = proto.ByteSize()
-    for name, tensor in external:
-        total += _check_external(name, tensor, file)
-    if total > MAX_BYTES:
-        raise ModelError(
-            f"{total / 2**30:.1f} GiB of weights; at most 2 GiB are supported", where=str(file)
-        )
-    for name, tensor in external:
+    places = [_check_external(name, tensor, file) for name, tensor in external]
+    main = {id(tensor) for tensor in proto.graph.initializer}
+    large = proto.ByteSize() + sum(length for _, _, length in places) > weights.MAX_INLINE
+    for (name, tensor), (path, offset, length) in zip(external, places, strict=True):
+        if large and id(tensor) in main and weights.may_be_outside(tensor, length):
+            weights.refer(tensor, path, offset=offset, length=length)
+            continue
         try:
             load_external_data_for_tensor(tensor, str(file.parent))
         except Exception as error:
@@ -126,8 +145,8 @@ def _load_external_data(proto: onnx.ModelProto, file: Path) -> None:
         del tensor.external_data[:]
 
 
-def _check_external(name: str, tensor: onnx.TensorProto, file: Path) -> int:
-    """Return the number of bytes that `tensor` reads, or raise ModelError."""
+def _check_external(name: str, tensor: onnx.TensorProto, file: Path) -> tuple[Path, int, int]:
+    """Return file, offset and length in bytes that `tensor` reads, or raise ModelError."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     what = f"external data '{location}' of tensor '{name}'"
@@ -159,7 +178,7 @@ def _check_external(name: str, tensor: onnx.TensorProto, file: Path) -> int:
         raise fault("has a malformed offset or length") from error
     if offset < 0 or length < 0 or offset + length > size:
         raise fault(f"ends early ({size} bytes, {offset + length} needed)", "is it truncated?")
-    return length
+    return target, offset, length
 
 
 def check_weights(proto: onnx.ModelProto, *, where: str) -> None:
@@ -184,7 +203,7 @@ def check_weights(proto: onnx.ModelProto, *, where: str) -> None:
             users[node.output[0]].add(node.op_type)
     for name, tensor in all_tensors(proto):
         try:
-            values = numpy_helper.to_array(tensor)
+            values = weights.values_of(tensor)
         except Exception as error:
             raise ModelError(
                 f"tensor '{name}' is malformed: its data does not fit its shape "
@@ -193,22 +212,27 @@ def check_weights(proto: onnx.ModelProto, *, where: str) -> None:
                 hint="the file is damaged; export it again",
             ) from error
         if tensor.data_type in _FLOATS:
-            _check_finite(name, values.astype(np.float64), users[name], where)
+            _check_finite(name, values, users[name], where)
 
 
 def _check_finite(name: str, values: np.ndarray, users: set[str], where: str) -> None:
-    if np.isfinite(values).all():
+    flat = values.reshape(-1)
+    num_nan = num_inf = 0
+    for start in range(0, flat.size, _CHUNK):  # copies of large weights would not fit
+        part = flat[start : start + _CHUNK]
+        num_nan += int(np.isnan(part).sum())
+        num_inf += int(np.isinf(part).sum())
+    if not num_nan and not num_inf:
         return
-    num_nan = int(np.isnan(values).sum())
     if num_nan:
         raise ModelError(f"tensor '{name}' holds {num_nan} NaN", where=where, hint=_RETRAIN)
     if not users <= _TAKES_INFINITY:
-        num_inf = int(np.isinf(values).sum())
         raise ModelError(
             f"tensor '{name}' holds {num_inf} infinite values", where=where, hint=_RETRAIN
         )
 
 
+_CHUNK = 2**22
 _RETRAIN = "the checkpoint is damaged; export a sound one"
 
 

@@ -150,12 +150,9 @@ def own_weight_and_bias(graph: gs.Graph) -> int:
     for node in graph.nodes:
         if not is_weighted(node):
             continue
-        weight = np.asarray(node.inputs[1].values, np.float64)
-        if node.op == "Gemm":
-            weight = weight if node.attrs.get("transB", 0) else weight.T
-            weight = weight * node.attrs.get("alpha", 1.0)
+        weight = node.inputs[1]
         groups = node.attrs.get("group", 1) if node.op == "ConvTranspose" else 1
-        channels = weight.shape[1] * groups if node.op == "ConvTranspose" else weight.shape[0]
+        channels = weight.shape[output_channel_axis(node)] * groups
         given = node.inputs[2] if len(node.inputs) > 2 else None
         if given is None or not given.name:
             bias = np.zeros(channels)
@@ -164,15 +161,19 @@ def own_weight_and_bias(graph: gs.Graph) -> int:
             if values.size not in (1, channels):
                 continue
             bias = np.broadcast_to(values.reshape(-1), (channels,))
+        alpha = node.attrs.get("alpha", 1.0) if node.op == "Gemm" else 1.0
+        flipped = node.op == "Gemm" and not node.attrs.get("transB", 0)
+        if flipped or alpha != 1.0 or len(weight.outputs) > 1:
+            matrix = np.asarray(weight.values, np.float64) * alpha
+            name = f"{node.name}.weight" if len(weight.outputs) > 1 else weight.name
+            weight = _constant(name, matrix.T if flipped else matrix)
         if node.op == "Gemm":
             node.attrs = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
-        shared = len(node.inputs[1].outputs) > 1
-        weight_name = f"{node.name}.weight" if shared else node.inputs[1].name
         bias_shared = given is None or not given.name or len(given.outputs) > 1
         bias_name = f"{node.name}.bias" if bias_shared or given is None else given.name
         node.inputs = [
             node.inputs[0],
-            _constant(weight_name, weight),
+            weight,
             _constant(bias_name, bias),
         ]
         count += 1

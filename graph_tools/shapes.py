@@ -7,15 +7,16 @@ with a symbol would lose track at the first Reshape.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import onnx
 from onnx import shape_inference
 
 from graph_tools.errors import ModelError
 from graph_tools.quiet import quiet
+from graph_tools.weights import is_outside
 
 __all__ = [
     "BATCH",
@@ -73,11 +74,15 @@ def set_shape(
             entry.dim_param = dim
 
 
-def outline(proto: onnx.ModelProto) -> onnx.ModelProto:
+def outline(proto: onnx.ModelProto, *, outside_only: bool = False) -> onnx.ModelProto:
     """Copy `proto` without its large float weights, which become graph inputs.
 
     Shapes and shape arithmetic never depend on them, so this is what inference and the
     probing of batch sizes work on.
+
+    Args:
+        proto: any model.
+        outside_only: leave out those alone that `graph_tools.weights` keeps outside the model.
     """
     result = onnx.ModelProto(ir_version=proto.ir_version)
     result.opset_import.extend(proto.opset_import)
@@ -87,9 +92,13 @@ def outline(proto: onnx.ModelProto) -> onnx.ModelProto:
     graph.node.extend(proto.graph.node)
     graph.input.extend(proto.graph.input)
     graph.output.extend(proto.graph.output)
+    graph.sparse_initializer.extend(proto.graph.sparse_initializer)
+    listed = {value.name for value in proto.graph.input}  # as IR 3 wants it
     for tensor in proto.graph.initializer:
-        is_float = tensor.data_type == onnx.TensorProto.FLOAT
-        if is_float and int(np.prod(tensor.dims, dtype=object)) > _MAX_KEPT:
+        is_float = tensor.data_type == onnx.TensorProto.FLOAT and not outside_only
+        if is_outside(tensor) or (is_float and math.prod(tensor.dims) > _MAX_KEPT):
+            if tensor.name in listed:
+                continue
             value = graph.input.add(name=tensor.name)
             set_shape(value, tensor.data_type, tuple(tensor.dims))
         else:

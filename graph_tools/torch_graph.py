@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
@@ -19,6 +20,7 @@ from graph_tools.torch_ops import OPERATORS
 from graph_tools.torch_ops.creation import constant_value
 from graph_tools.torch_ops.dtypes import to_tensor
 from graph_tools.torch_ops.registry import Compute, Node
+from graph_tools.weights import is_outside, values_of
 
 __all__ = ["OLDEST_OPSET", "Hook", "Step", "TorchGraph"]
 
@@ -76,8 +78,8 @@ class TorchGraph(torch.nn.Module):
     data where an operator needs it. Attributes and constant shape inputs are read once, here.
 
     Args:
-        proto: a model of opset 13 or newer without subgraphs, with external data loaded; not
-            changed.
+        proto: a model of opset 13 or newer without subgraphs; not changed. Weights outside it
+            (`graph_tools.weights`) are shared with the mapped file.
         outputs: tensors to compute, of any name; default: the graph's outputs. Only the nodes
             that they need are kept.
 
@@ -319,9 +321,7 @@ def _constants_and_steps(
 ) -> tuple[dict[str, torch.Tensor], list[Step]]:
     """Return the constants (initializers and Constant nodes) and the steps."""
     constants = {
-        tensor.name: to_tensor(numpy_helper.to_array(tensor))
-        for tensor in graph.initializer
-        if tensor.name in wanted
+        tensor.name: _weight(tensor) for tensor in graph.initializer if tensor.name in wanted
     }
     steps = []
     for position, proto in enumerate(nodes):
@@ -337,6 +337,14 @@ def _constants_and_steps(
         else:
             steps.append(step)
     return constants, steps
+
+
+def _weight(tensor: onnx.TensorProto) -> torch.Tensor:
+    """Return an initializer as a tensor; values outside the model are mapped, not copied."""
+    values = values_of(tensor)
+    if is_outside(tensor) and values.dtype == np.float32 and values.flags.aligned:
+        return torch.from_numpy(values)
+    return to_tensor(values)
 
 
 def _attribute(attribute: onnx.AttributeProto) -> Any:

@@ -21,6 +21,7 @@ from graph_tools.errors import ZsqError
 from graph_tools.model import Model, initializers
 from graph_tools.qdq import dequantized_name
 from graph_tools.quantizer import TensorQuantizer
+from graph_tools.reading import num_bytes, read_proto
 from graph_tools.restore import Restoration
 from pipeline.evaluate.classification import Accuracy
 from pipeline.generate import Generated, default_batch_size
@@ -216,7 +217,7 @@ class Record:
         pairs.update((name, name) for name in self.network.outputs)
         return compare_tensors(
             self.network.proto,
-            onnx.load(self.written),
+            read_proto(self.written)[0],
             pairs,
             self.images.batches(16, limit=_COMPARED_IMAGES),
             histograms=self.network.outputs,
@@ -285,8 +286,8 @@ class Record:
                 for histogram in [compared[name].histogram]
             ],
             "bytes": {
-                "float": self.job.model.stat().st_size,
-                "quantized": self.written.stat().st_size,
+                "float": num_bytes(self.job.model),
+                "quantized": num_bytes(self.written),
             },
             "notes": [*self.network.notes, *self.quantization.notes],
         }

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from graph_tools.errors import SettingsError, ZsqError
-from graph_tools.model import Model, load, save
+from graph_tools.model import Model, data_file, load, save
 from graph_tools.prepare import prepare_for_quantization
 from graph_tools.qdq import write_qdq
 from graph_tools.restore import Restoration, restore_batch_norms
@@ -402,12 +402,14 @@ def _output_folder(output: Path) -> Iterator[Path]:
 
 def _publish(work: Path, written: Path, output: Path) -> Path:
     """Move the results to their names: first the folder, last the model."""
-    folder = output.with_suffix("")
+    folder, data = output.with_suffix(""), data_file(written)
     try:
         folder.mkdir(exist_ok=True)
         for item in sorted(work.iterdir()):
-            if item != written:
+            if item not in (written, data):
                 item.replace(folder / item.name)
+        if data.is_file():
+            data.replace(data_file(output))
         written.replace(output)
     except OSError as error:
         raise ZsqError(

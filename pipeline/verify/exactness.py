@@ -21,7 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from graph_tools.errors import DataError, VerificationError
+from graph_tools.errors import DataError, ModelError, VerificationError
+from graph_tools.model import loadable
+from graph_tools.reading import read_proto
 from pipeline.images import ImageSet
 from pipeline.settings import VerifySettings
 from pipeline.verify.accumulators import measure_accumulators
@@ -199,16 +201,9 @@ class _Part:
 
 def _read(path: Path) -> onnx.ModelProto:
     try:
-        proto = onnx.load(path)
-    except FileNotFoundError as error:
-        raise VerificationError("no such file", where=str(path)) from error
-    except (
-        Exception
-    ) as error:  # protobuf, external data and the file system each raise their own
-        reason = " ".join(str(error).split())[:200]
-        raise VerificationError(
-            f"not a readable ONNX file: {reason}", where=str(path)
-        ) from error
+        proto, _ = read_proto(path)
+    except ModelError as error:
+        raise VerificationError(error.what, where=error.where, hint=error.hint) from error
     if not proto.graph.node:
         raise VerificationError("not an ONNX model, or an empty one", where=str(path))
     return proto
@@ -250,8 +245,8 @@ def _compile(
     graph: QuantizedGraph, settings: VerifySettings, where: str
 ) -> tuple[list[_Part], Kernels]:
     """Compile the file, and the copy that ends where integers end if there are float tails."""
-    model = _serialize(graph.proto, where)
     with tempfile.TemporaryDirectory(prefix="zsq-") as folder:
+        model = loadable(graph.proto, Path(folder))
         optimized = Path(folder) / "optimized.onnx"
         runs = [
             ort.compile(
@@ -263,7 +258,7 @@ def _compile(
             )
             for mode in _MODES
         ]
-        kernels = read_kernels(graph, onnx.load(optimized))
+        kernels = read_kernels(graph, onnx.load(optimized, load_external_data=False))
 
     scales = {name: graph.output_scale(name) for name in graph.outputs}
     targets = [
@@ -278,10 +273,14 @@ def _compile(
                 feeds.setdefault(node.input[0], []).append(name)
     if feeds:
         cut, ends = cut_at(graph, tuple(feeds))
-        model = _serialize(cut, where)
+        with tempfile.TemporaryDirectory(prefix="zsq-") as folder:
+            model = loadable(cut, Path(folder))
+            runs = [
+                ort.compile(model, m, threads=settings.threads, where=where) for m in _MODES
+            ]
         parts.append(
             _Part(
-                [ort.compile(model, m, threads=settings.threads, where=where) for m in _MODES],
+                runs,
                 [
                     _Target(
                         output=end.output,
@@ -294,13 +293,6 @@ def _compile(
             )
         )
     return parts, kernels
-
-
-def _serialize(proto: onnx.ModelProto, where: str) -> bytes:
-    try:
-        return bytes(proto.SerializeToString())
-    except Exception as error:  # protobuf's EncodeError, or ValueError in other versions
-        raise VerificationError("is larger than protobuf's 2 GB", where=where) from error
 
 
 def _differing(parts: Sequence[_Part]) -> float:

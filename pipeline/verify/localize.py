@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto
 
+from graph_tools.model import loadable
 from pipeline.verify.compilers import onnxruntime as ort
 from pipeline.verify.cut import cut_at
 from pipeline.verify.quantized_graph import QuantizedGraph
@@ -54,11 +57,12 @@ def first_difference(
     def differs(integers: str) -> bool:
         if integers not in known:
             cut, ends = cut_at(graph, (integers,))
-            model = cut.SerializeToString()
-            first, second = (
-                ort.run(ort.compile(model, mode, threads=threads), batch)[ends[0].output]
-                for mode in ("unoptimized", "optimized")
-            )
+            with tempfile.TemporaryDirectory(prefix="zsq-") as folder:
+                model = loadable(cut, Path(folder))
+                first, second = (
+                    ort.run(ort.compile(model, mode, threads=threads), batch)[ends[0].output]
+                    for mode in ("unoptimized", "optimized")
+                )
             known[integers] = not np.array_equal(first, second, equal_nan=True)
         return known[integers]
 

@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto, numpy_helper
 
+from graph_tools.weights import values_of
+
 __all__ = ["Origin", "QuantizedGraph", "attribute"]
 
 # Operators whose output holds only values of their data inputs.
@@ -81,7 +83,7 @@ class QuantizedGraph:
     def constant(self, name: str) -> np.ndarray[Any, Any] | None:
         """The value of an initializer or Constant node; None when ``name`` is computed."""
         if name in self._initializers:
-            return np.asarray(numpy_helper.to_array(self._initializers[name]))
+            return values_of(self._initializers[name])
         node = self.producers.get(name)
         if node is not None and node.op_type == "Constant":
             value = attribute(node, "value")

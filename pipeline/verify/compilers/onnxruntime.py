@@ -17,6 +17,7 @@ __all__ = ["Compiled", "Mode", "available", "compile", "run"]
 Mode = Literal["unoptimized", "optimized", "default"]
 
 _PRECISION_OPTION = "session.x64quantprecision"
+_OPTIMIZED_WEIGHTS = "session.optimized_model_external_initializers_file_name"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ def available() -> str:
 
 
 def compile(
-    model: bytes,
+    model: bytes | Path,
     mode: Mode,
     *,
     threads: int = 0,
@@ -54,7 +55,7 @@ def compile(
     """Make a session.
 
     Args:
-        model: a serialized ONNX model with one input.
+        model: a serialized ONNX model with one input, or the file that holds it.
         mode: ``unoptimized``: no graph optimization, float arithmetic on dequantized values;
             ``optimized``: all optimizations, integer kernels, exact sums on every x64 CPU
             (``session.x64quantprecision``); ``default``: all optimizations only, as a program
@@ -79,8 +80,14 @@ def compile(
         options.add_session_config_entry(_PRECISION_OPTION, "1")
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
+        # The weights, which nobody reads, may exceed what the file can hold.
+        options.add_session_config_entry(_OPTIMIZED_WEIGHTS, f"{optimized_path.name}.data")
     try:
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(
+            model if isinstance(model, bytes) else str(model),
+            options,
+            providers=["CPUExecutionProvider"],
+        )
     except Exception as error:  # onnxruntime's exceptions have no base class of their own
         raise VerificationError(
             f"onnxruntime refuses the model ({mode} run): {_one_line(error)}", where=where
