@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from graph_tools.errors import ModelError
 from graph_tools.model import Model, initializers, replace_proto
-from graph_tools.weights import SMALL, is_outside, outside_tensor
+from graph_tools.weights import is_outside, tensor_of
 
 __all__ = [
     "AffineLeftover",
@@ -292,8 +292,7 @@ def _write_weights(
         _unused(f"{bias or node.input[2]}/folded", taken),
     )
     for name, value in zip(names, weights, strict=True):
-        make = outside_tensor if moved and value.nbytes >= SMALL else numpy_helper.from_array
-        graph.initializer.append(make(value, name))
+        graph.initializer.append(tensor_of(value, name, outside=moved))
     del producer.input[1:]
     producer.input.extend(names)
     for attribute in producer.attribute:

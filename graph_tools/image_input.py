@@ -92,7 +92,7 @@ def find_image_input(
         raise ModelError(
             f"several inputs: {described}",
             where=where,
-            hint="make all but the image constant before the export",
+            hint=_which(graph),
         )
     if not graph.input or not _is_image(graph.input[0]):
         raise ModelError(
@@ -111,6 +111,17 @@ def find_image_input(
         dims.add(**({"dim_value": size} if size else {"dim_param": "N"}))
     image = ImageInput(name=value.name, shape=shape, layout=layout or found, batch=batch)
     return image, notes
+
+
+def _which(graph: onnx.GraphProto) -> str:
+    """Say how to fix all inputs but the image."""
+    images = [value for value in graph.input if _is_image(value)]
+    options = (f"--input {v.name}={v.name.split('/')[-1]}.npy" for v in graph.input)
+    if len(images) == 1:
+        options = (o for o, v in zip(options, graph.input, strict=True) if v != images[0])
+        return f"give the others' values: {' '.join(options)}"
+    several = " or ".join(value.name for value in images) or "none has rank 4"
+    return f"which is the image is not clear ({several}); fix the others: {' '.join(options)}"
 
 
 def _is_image(value: onnx.ValueInfoProto) -> bool:

@@ -10,47 +10,34 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 
-from graph_tools import weights
 from graph_tools.errors import ModelError, UnsupportedOperatorError, ZsqError
+from graph_tools.fixed_inputs import fix_inputs
 from graph_tools.image_input import ImageInput, Layout
 from graph_tools.normal_form import check_graph, normalize
 from graph_tools.passes import name_nodes
 from graph_tools.reading import read_proto
+from graph_tools.saving import save
 from graph_tools.shapes import annotate
-from graph_tools.weights import (
-    may_be_outside,
-    move_out,
-    refer,
-    stored_bytes,
-    take_inside,
-    values_of,
-)
+from graph_tools.weights import move_out, values_of
 
 __all__ = [
     "ImageInput",
     "Layout",
     "Model",
-    "data_file",
     "initializers",
     "load",
-    "loadable",
     "replace_proto",
     "save",
 ]
 
 logger = logging.getLogger(__name__)
-
-_ALIGNMENT = 4096  # of each tensor in external data, so that it can be mapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +68,7 @@ def load(
     *,
     input_shape: tuple[int, ...] | None = None,
     layout: Layout | None = None,
+    inputs: Mapping[str, np.ndarray] | None = None,
 ) -> Model:
     """Read an ONNX file into the normal form.
 
@@ -89,6 +77,8 @@ def load(
         input_shape: four numbers, batch first, for inputs whose height, width or channels the
             file leaves free.
         layout: overrides the layout detected from the graph.
+        inputs: arrays that inputs other than the image are fixed to, by name; see
+            `graph_tools.fixed_inputs`.
 
     Returns:
         The model. It was run in onnxruntime on random images and gave what the file gives.
@@ -97,10 +87,12 @@ def load(
         ModelError: the file is damaged, not usable or already quantized.
         UnsupportedOperatorError: operators that ONNX does not define, all of them.
         DynamicShapeError: free dimensions and no `input_shape`.
-        SettingsError: an `input_shape` that is not four positive numbers.
+        SettingsError: an `input_shape` that is not four positive numbers, or an array in
+            `inputs` that does not fit.
     """
     original, sha256 = read_proto(path)
     where = str(path)
+    fixed = fix_inputs(original, inputs or {}, where=where)
     try:
         normal = normalize(original, where=where, input_shape=input_shape, layout=layout)
     except UnsupportedOperatorError as error:
@@ -117,7 +109,7 @@ def load(
         fixed_batch=normal.fixed_batch,
         source=Path(path),
         sha256=sha256,
-        notes=normal.notes,
+        notes=(*fixed, *normal.notes),
     )
     logger.info("%s: %d nodes", where, len(model.proto.graph.node))
     return model
@@ -167,103 +159,3 @@ def replace_proto(
 def initializers(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
     """Return the weights and constants of the graph by name."""
     return {t.name: values_of(t) for t in proto.graph.initializer}
-
-
-def data_file(path: str | os.PathLike[str]) -> Path:
-    """Return where `save` puts the weights that do not fit into the file itself."""
-    target = Path(path)
-    return target.with_name(f"{target.name}.data")
-
-
-def save(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
-    """Write a model so that the file is either whole or untouched.
-
-    More than `graph_tools.weights.MAX_INLINE` bytes of weights go to external data, in the file
-    that `data_file` names.
-
-    Raises:
-        ZsqError: the folder is missing or not writable, or the disk is full.
-    """
-    target, data = Path(path), data_file(path)
-    suffix = f".{secrets.token_hex(4)}.tmp"
-    temporary = target.with_name(f".{target.name}{suffix}")
-    temporary_data = target.with_name(f".{data.name}{suffix}")
-    large = sum(stored_bytes(proto)) > weights.MAX_INLINE
-    try:
-        if large:
-            proto = _with_external_data(proto, temporary_data, data.name)
-        elif stored_bytes(proto)[1]:
-            proto = _whole(proto)
-        with temporary.open("xb") as file:
-            file.write(proto.SerializeToString(deterministic=True))
-        if large:
-            os.replace(temporary_data, data)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise ZsqError(
-            f"cannot be written: {error.strerror}",
-            where=str(path),
-            hint="give a path in an existing, writable folder",
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-            temporary_data.unlink(missing_ok=True)
-
-
-def loadable(proto: onnx.ModelProto, folder: Path) -> bytes | Path:
-    """Return what onnxruntime opens: the serialized model, or a file in `folder` if it is large.
-
-    Raises:
-        ZsqError: the disk is full.
-    """
-    if not stored_bytes(proto)[1]:
-        return bytes(proto.SerializeToString())
-    path = folder / "model.onnx"
-    save(proto, path)
-    return path
-
-
-def _bare(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Copy a model without its initializers."""
-    result = onnx.ModelProto()
-    for field, value in proto.ListFields():
-        if field.name != "graph":
-            _copy_field(result, field.name, value)
-    for field, value in proto.graph.ListFields():
-        if field.name != "initializer":
-            _copy_field(result.graph, field.name, value)
-    return result
-
-
-def _copy_field(message: Any, name: str, value: Any) -> None:
-    if isinstance(value, int | str | bytes):
-        setattr(message, name, value)
-    else:
-        getattr(message, name).MergeFrom(value)
-
-
-def _whole(proto: onnx.ModelProto) -> onnx.ModelProto:
-    result = _bare(proto)
-    result.graph.initializer.extend(take_inside(t) for t in proto.graph.initializer)
-    return result
-
-
-def _with_external_data(proto: onnx.ModelProto, path: Path, name: str) -> onnx.ModelProto:
-    """Write the large weights to `path`; return a copy that looks for them in file `name`."""
-    result = _bare(proto)
-    with path.open("xb") as file:
-        for tensor in proto.graph.initializer:
-            entry = result.graph.initializer.add()
-            values = values_of(tensor)
-            if not may_be_outside(tensor, values.nbytes):
-                entry.CopyFrom(tensor)
-                continue
-            file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
-            offset = file.tell()
-            values.tofile(file)
-            entry.name, entry.data_type = tensor.name, tensor.data_type
-            entry.dims.extend(tensor.dims)
-            refer(entry, Path(name), offset=offset, length=values.nbytes)
-            entry.external_data[0].value = name
-    return result

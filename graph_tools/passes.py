@@ -15,7 +15,7 @@ from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from graph_tools.errors import ModelError
 from graph_tools.walk import all_graphs, all_nodes, all_tensors, subgraphs
-from graph_tools.weights import is_outside, outside_tensor, values_of
+from graph_tools.weights import is_outside, tensor_of, values_of
 
 __all__ = [
     "FLOAT_TYPES",
@@ -146,8 +146,7 @@ def to_float32(proto: onnx.ModelProto) -> tuple[str, ...]:
             for start in range(0, wide.size, _CHUNK):
                 part = slice(start, start + _CHUNK)
                 narrow[part] = _as_float32(wide[part])
-            make = outside_tensor if is_outside(tensor) else numpy_helper.from_array
-            tensor.CopyFrom(make(single, tensor.name))
+            tensor.CopyFrom(tensor_of(single, tensor.name, outside=is_outside(tensor)))
     for node in all_nodes(proto):
         for attribute in node.attribute:
             is_type = attribute.type == AttributeProto.INT

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from graph_tools import weights
 from graph_tools.model import Model, initializers
@@ -198,12 +198,7 @@ def _assemble(model: Model, writer: _Writer) -> onnx.ModelProto:
 
 def _tensors(values: Mapping[str, np.ndarray[Any, Any]]) -> list[onnx.TensorProto]:
     large = sum(array.nbytes for array in values.values()) > weights.MAX_INLINE
-    return [
-        weights.outside_tensor(array, name)
-        if large and array.nbytes >= weights.SMALL
-        else numpy_helper.from_array(array, name)
-        for name, array in values.items()
-    ]
+    return [weights.tensor_of(array, name, outside=large) for name, array in values.items()]
 
 
 def _with_batch(value: onnx.ValueInfoProto, batch: int | None) -> onnx.ValueInfoProto:

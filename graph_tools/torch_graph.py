@@ -343,6 +343,7 @@ def _weight(tensor: onnx.TensorProto) -> torch.Tensor:
     """Return an initializer as a tensor; values outside the model are mapped, not copied."""
     values = values_of(tensor)
     if is_outside(tensor) and values.dtype == np.float32 and values.flags.aligned:
+        values.flags.writeable = True  # torch knows no other arrays; nothing writes to them
         return torch.from_numpy(values)
     return to_tensor(values)
 

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import atexit
 import functools
+import math
+import mmap
 import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import onnx
@@ -36,6 +39,7 @@ __all__ = [
     "refer",
     "stored_bytes",
     "take_inside",
+    "tensor_of",
     "values_of",
 ]
 
@@ -91,21 +95,40 @@ def may_be_outside(tensor: onnx.TensorProto, length: int) -> bool:
 def values_of(tensor: onnx.TensorProto) -> np.ndarray[Any, Any]:
     """Return the values of a tensor, wherever they lie.
 
-    Values outside are mapped, not read: pages come in as they are used, and what is written to
-    the array never reaches the file.
+    Values outside are mapped, not read: pages come in as they are used. Each file is mapped
+    once, whoever uses it, or the memory of the process would seem to hold it several times.
+    The array is not for writing.
 
     Raises:
         ValueError: the data does not fit the shape.
+        OSError: the file is gone.
     """
     if not is_outside(tensor):
         return np.asarray(numpy_helper.to_array(tensor))
     path, offset, length = _place(tensor)
     dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
     shape = tuple(tensor.dims)
-    if int(np.prod(shape, dtype=object)) * dtype.itemsize != length:
+    count = math.prod(shape)
+    if count * dtype.itemsize != length:
         raise ValueError(f"{length} bytes are no {dtype} of shape {shape}")
-    mapped = np.memmap(path, dtype, mode="c", offset=offset, shape=shape)
-    return mapped.view(np.ndarray)
+    values = np.frombuffer(_mapped(path), dtype, count, offset).reshape(shape)
+    values.flags.writeable = False
+    return values
+
+
+_mappings: WeakValueDictionary[tuple[Path, int, int], mmap.mmap] = WeakValueDictionary()
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    """Map a file, private to this process."""
+    status = path.stat()
+    key = (path, status.st_ino, status.st_mtime_ns)
+    mapping = _mappings.get(key)
+    if mapping is None:
+        with path.open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        _mappings[key] = mapping
+    return mapping
 
 
 def _place(tensor: onnx.TensorProto) -> tuple[Path, int, int]:
@@ -146,6 +169,17 @@ def outside_tensor(values: np.ndarray[Any, Any], name: str) -> onnx.TensorProto:
         ) from error
     refer(tensor, Path(path), offset=0, length=values.nbytes)
     return tensor
+
+
+def tensor_of(values: np.ndarray[Any, Any], name: str, *, outside: bool) -> onnx.TensorProto:
+    """Return values as a tensor, written to a file if `outside` and they are large.
+
+    Raises:
+        ZsqError: the disk is full.
+    """
+    if outside and values.nbytes >= SMALL:
+        return outside_tensor(values, name)
+    return numpy_helper.from_array(values, name)
 
 
 @functools.cache
@@ -190,4 +224,5 @@ def import_graph(proto: onnx.ModelProto) -> gs.Graph:
     for name, tensor in graph.tensors().items() if outside else ():
         if name in outside:
             tensor._values = _Mapped(outside[name])
+            tensor.data_location = None  # once they are read they go inside
     return graph

@@ -384,7 +384,12 @@ def _parse(arguments: Sequence[str]) -> Command | None:
 def _load(path: Path, settings: InputSettings) -> Model:
     from graph_tools.model import load
 
-    return load(path, input_shape=settings.shape(), layout=settings.known_layout())
+    return load(
+        path,
+        input_shape=settings.shape(),
+        layout=settings.known_layout(),
+        inputs=settings.arrays(),
+    )
 
 
 def _check_output(path: Path, suffix: str) -> None:

@@ -88,10 +88,12 @@ def recorded_preprocessing(path: Path) -> Preprocessing | None:
 
 def flat_settings(job: QuantizeJob) -> dict[str, Any]:
     """All settings of a run by flag name, without paths."""
+    inputs = asdict(job.input)
+    inputs["input"] = [entry.rpartition("=")[0] for entry in job.input.input]
     return {
         **asdict(job.quantization),
         **asdict(job.generation),
-        **{name: value for name, value in asdict(job.input).items() if value},
+        **{name: value for name, value in inputs.items() if value},
     }
 
 

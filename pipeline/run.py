@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from graph_tools.errors import SettingsError, ZsqError
-from graph_tools.model import Model, data_file, load, save
+from graph_tools.model import Model, load, save
 from graph_tools.prepare import prepare_for_quantization
 from graph_tools.qdq import write_qdq
 from graph_tools.restore import Restoration, restore_batch_norms
 from graph_tools.side_file import read_side_file
+from graph_tools.saving import data_file
 from pipeline.evaluate.classification import Accuracy, evaluate_classification
 from pipeline.evaluate.datasets import open_dataset
 from pipeline.evaluate.sessions import open_session
@@ -131,7 +132,10 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
     with _output_folder(job.output) as work:
         with clock("load"):
             model = load(
-                job.model, input_shape=job.input.shape(), layout=job.input.known_layout()
+                job.model,
+                input_shape=job.input.shape(),
+                layout=job.input.known_layout(),
+                inputs=job.input.arrays(),
             )
             restoration = restored_from(job.bn_from, model, job.input)
             if restoration is not None:
@@ -300,7 +304,12 @@ def evaluate_files(
     if preprocessing is None:
         preprocessing = next(filter(None, map(recorded_preprocessing, models)), None)
     if preprocessing is None or settings.input_shape or settings.layout != "auto":
-        model = load(models[0], input_shape=settings.shape(), layout=settings.known_layout())
+        model = load(
+            models[0],
+            input_shape=settings.shape(),
+            layout=settings.known_layout(),
+            inputs=settings.arrays(),
+        )
         model_input = model.input
         preprocessing = preprocessing or preprocessing_of(model, settings)
     accuracies = evaluate_classification(
@@ -310,6 +319,7 @@ def evaluate_files(
         threads=threads,
         limit=limit,
         model_input=model_input,
+        fixed=settings.arrays(),
         on_step=lambda done, total, terms: progress("evaluate", done, total, terms),
     )
     return accuracies, preprocessing
@@ -363,6 +373,7 @@ def _accuracies(
         preprocessing,
         threads=job.threads,
         model_input=model.input,
+        fixed=job.input.arrays(),
         on_step=lambda done, total, terms: progress("evaluate", done, total, terms),
     )
 

@@ -9,7 +9,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import tyro
+
 from graph_tools.errors import SettingsError
+from graph_tools.fixed_inputs import read_input
 
 __all__ = ["GenerateSettings", "InputSettings", "QuantizeSettings", "VerifySettings"]
 
@@ -131,6 +135,10 @@ class InputSettings:
     channels: Literal["rgb", "bgr"] | None = None
     """Channel order that the network expects; rgb with --mean, else guessed like the rest."""
 
+    input: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=FILE.npy: fixes an input that is not the image to an array; may be repeated. One row
+    is taken for every image where the input's first dimension is the batch."""
+
     def __post_init__(self) -> None:
         _require(
             bool(self.mean) == bool(self.std), "std", self.std, "given together with --mean"
@@ -154,6 +162,20 @@ class InputSettings:
             "four positive integers, such as 1,3,224,224",
         )
         return shape
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays of ``input`` by name, read from their files.
+
+        Raises:
+            SettingsError: not NAME=FILE, a name given twice, or a file that cannot be used.
+        """
+        found: dict[str, np.ndarray] = {}
+        for entry in self.input:
+            name, _, path = entry.rpartition("=")
+            _require(bool(name and path), "input", entry, "NAME=FILE.npy")
+            _require(name not in found, "input", name, "given once")
+            found[name] = read_input(path)
+        return found
 
     def known_layout(self) -> Literal["NCHW", "NHWC"] | None:
         """``layout``, None if it is to be detected."""

@@ -62,6 +62,7 @@ def evaluate_classification(
     threads: int = 0,
     limit: int | None = None,
     model_input: ImageInput | None = None,
+    fixed: Mapping[str, npt.NDArray[Any]] | None = None,
     on_step: OnStep | None = None,
 ) -> tuple[Accuracy, ...]:
     """Run models on the same labelled images and count what they name right.
@@ -76,6 +77,7 @@ def evaluate_classification(
         threads: threads of onnxruntime; 0 lets it choose.
         limit: take only this many images, drawn at random with a fixed seed.
         model_input: layout and size, for files that leave them open.
+        fixed: arrays for inputs other than the image, for files that still have them.
         on_step: called with images done, images in all, and the top-1 so far by model name.
 
     Returns:
@@ -92,7 +94,8 @@ def evaluate_classification(
             hint="give class folders, or a labels.csv with the header file,label",
         )
     tallies = [
-        _Tally(open_session(path, threads=threads, model_input=model_input)) for path in models
+        _Tally(open_session(path, threads=threads, model_input=model_input, fixed=fixed))
+        for path in models
     ]
     count = dataset.count if limit is None else max(1, min(limit, dataset.count))
     total, done = count * len(tallies), 0

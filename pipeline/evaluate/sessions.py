@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,10 @@ import numpy.typing as npt
 import onnxruntime
 
 from graph_tools.errors import DynamicShapeError, ModelError, SettingsError
+from graph_tools.fixed_inputs import fix_inputs
 from graph_tools.model import ImageInput, Layout
+from graph_tools.reading import read_proto
+from graph_tools.saving import loadable
 
 __all__ = ["Session", "open_session"]
 
@@ -80,7 +85,11 @@ class Session:
 
 
 def open_session(
-    path: str | os.PathLike[str], *, threads: int = 0, model_input: ImageInput | None = None
+    path: str | os.PathLike[str],
+    *,
+    threads: int = 0,
+    model_input: ImageInput | None = None,
+    fixed: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> Session:
     """Open an ONNX file in onnxruntime on the CPU, with all optimizations.
 
@@ -91,6 +100,7 @@ def open_session(
         path: float or quantized.
         threads: threads inside an operator; 0 lets onnxruntime choose.
         model_input: layout and size, for files that leave them open.
+        fixed: arrays for inputs other than the image; ignored by a file with one input.
 
     Raises:
         ModelError: onnxruntime cannot load the file, or it has not one image input.
@@ -107,13 +117,12 @@ def open_session(
     options.intra_op_num_threads = threads
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.add_session_config_entry("session.x64quantprecision", "1")
-    try:
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:
-        what = f"onnxruntime cannot load it ({_first_line(error)})"
-        raise ModelError(what, where=str(path)) from error
+    session = _open(path, options)
+    if fixed and len(session.get_inputs()) > 1:
+        proto, _ = read_proto(path)
+        fix_inputs(proto, fixed, where=str(path))
+        with tempfile.TemporaryDirectory(prefix="zsq-") as folder:
+            session = _open(path, options, loadable(proto, Path(folder)))
     inputs = session.get_inputs()
     if len(inputs) != 1:
         raise ModelError(f"it has {len(inputs)} inputs, not one", where=str(path))
@@ -136,6 +145,20 @@ def open_session(
         _session=session,
         _dtype=_DTYPES[inputs[0].type],
     )
+
+
+def _open(
+    path: Path, options: onnxruntime.SessionOptions, model: bytes | Path | None = None
+) -> onnxruntime.InferenceSession:
+    try:
+        return onnxruntime.InferenceSession(
+            model if isinstance(model, bytes) else str(model or path),
+            options,
+            providers=["CPUExecutionProvider"],
+        )
+    except Exception as error:
+        what = f"onnxruntime cannot load it ({_first_line(error)})"
+        raise ModelError(what, where=str(path)) from error
 
 
 def _image_input(name: str, dims: list[int | str | None], where: str) -> ImageInput:

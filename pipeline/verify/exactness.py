@@ -22,8 +22,8 @@ import numpy.typing as npt
 import onnx
 
 from graph_tools.errors import DataError, ModelError, VerificationError
-from graph_tools.model import loadable
 from graph_tools.reading import read_proto
+from graph_tools.saving import loadable
 from pipeline.images import ImageSet
 from pipeline.settings import VerifySettings
 from pipeline.verify.accumulators import measure_accumulators

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto
 
-from graph_tools.model import loadable
+from graph_tools.saving import loadable
 from pipeline.verify.compilers import onnxruntime as ort
 from pipeline.verify.cut import cut_at
 from pipeline.verify.quantized_graph import QuantizedGraph
