@@ -8,6 +8,7 @@ streamed, so memory does not depend on the number of images.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,8 +57,11 @@ class TensorComparison:
     """One tensor in both models, over all images.
 
     Attributes:
-        sqnr_db: signal to quantization noise ratio in dB; ``inf`` when equal, ``-inf`` when
-            only the float tensor is zero, or a value is not finite.
+        agreement: of integers and booleans the share of equal elements; where the shapes
+            differ (what NonMaxSuppression selects), of equal rows. None for floats.
+        sqnr_db: None for integers, and where the shapes of floats differ; else signal to
+            quantization noise ratio in dB; ``inf`` when equal, ``-inf`` when only the float
+            tensor is zero, or a value is not finite.
         max_abs_error: largest ``|s - q|``.
         signal_power: mean of ``s^2``.
         noise_power: mean of ``(s - q)^2``.
@@ -65,12 +69,13 @@ class TensorComparison:
         histogram: where asked for.
     """
 
-    sqnr_db: float
+    sqnr_db: float | None
     max_abs_error: float
     signal_power: float
     noise_power: float
     elements: int
     histogram: Histogram | None = None
+    agreement: float | None = None
 
 
 def with_outputs(proto: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
@@ -135,7 +140,7 @@ def compare_tensors(
         first, second = (run(batch, size) for run in runs)
         for name, other in pairs.items():
             meters[name].update(name, first[name], second[other])
-    if not all(meter.elements for meter in meters.values()):
+    if not any(meter.elements for meter in meters.values()):
         raise DataError("there are no images to compare with")
     return {name: meter.result() for name, meter in meters.items()}
 
@@ -196,8 +201,19 @@ class _Meter:
         self.signal = self.noise = self.largest = 0.0
         self.elements = 0
         self.counter = _Counter() if with_histogram else None
+        self.equal = 0
+        self.is_integer = self.is_selection = False
 
     def update(self, name: str, first: npt.NDArray[Any], second: npt.NDArray[Any]) -> None:
+        if not np.issubdtype(first.dtype, np.inexact):
+            self.is_integer = True
+            equal, total = _agreement(first, second)
+            self.equal, self.elements = self.equal + equal, self.elements + total
+            return
+        if first.shape[1:] == second.shape[1:] and len(first) != len(second):
+            self.is_selection = True  # of another number of rows
+            self.elements += max(first.size, second.size)
+            return
         if first.shape != second.shape:
             raise ModelError(
                 f"has shape {list(first.shape)} in the float model and "
@@ -214,16 +230,33 @@ class _Meter:
         self.largest = max(self.largest, float(np.abs(q).max(initial=0.0)))
 
     def result(self) -> TensorComparison:
+        if self.is_integer or self.is_selection:
+            return TensorComparison(
+                sqnr_db=None,
+                max_abs_error=0.0 if self.is_integer else math.inf,
+                signal_power=0.0,
+                noise_power=0.0,
+                elements=self.elements,
+                agreement=self.equal / self.elements if self.is_integer else None,
+            )
         ratio = self.signal / self.noise if self.noise else math.inf
         sqnr = 10 * math.log10(ratio) if ratio > 0 else -math.inf
         return TensorComparison(
             sqnr_db=sqnr,
             max_abs_error=self.largest,
-            signal_power=self.signal / self.elements,
-            noise_power=self.noise / self.elements,
+            signal_power=self.signal / max(self.elements, 1),
+            noise_power=self.noise / max(self.elements, 1),
             elements=self.elements,
             histogram=None if self.counter is None else self.counter.histogram(),
         )
+
+
+def _agreement(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> tuple[int, int]:
+    """Equal elements, and elements; rows in any order where the shapes differ."""
+    if first.shape == second.shape:
+        return int((first == second).sum()), first.size
+    rows = [Counter(map(bytes, np.ascontiguousarray(v))) for v in (first, second)]
+    return (rows[0] & rows[1]).total(), max(len(first), len(second))
 
 
 class _Counter:

@@ -20,6 +20,7 @@ import onnx
 from graph_tools.errors import ModelError, UnsupportedOperatorError, ZsqError
 from graph_tools.fixed_inputs import fix_inputs
 from graph_tools.image_input import ImageInput, Layout
+from graph_tools.integer_tail import find_integer_tail
 from graph_tools.normal_form import check_graph, normalize
 from graph_tools.passes import name_nodes
 from graph_tools.reading import read_proto
@@ -109,10 +110,15 @@ def load(
         fixed_batch=normal.fixed_batch,
         source=Path(path),
         sha256=sha256,
-        notes=(*fixed, *normal.notes),
+        notes=(*fixed, *normal.notes, *_tail_notes(normal.proto)),
     )
     logger.info("%s: %d nodes", where, len(model.proto.graph.node))
     return model
+
+
+def _tail_notes(proto: onnx.ModelProto) -> tuple[str, ...]:
+    tail = find_integer_tail(proto)
+    return (tail.note(proto),) if tail.nodes else ()
 
 
 def replace_proto(

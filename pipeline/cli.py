@@ -67,12 +67,13 @@ class Inspect:
 
     def run(self) -> tuple[int, dict[str, Any]]:
         """Load, find, report."""
+        from graph_tools.integer_tail import find_integer_tail
         from graph_tools.prepare import prepare_for_quantization
         from graph_tools.torch_graph import TorchGraph
         from pipeline.record import describe_model
 
         model = _load(self.model, self.input)
-        TorchGraph(model.proto)
+        TorchGraph(model.proto, outputs=find_integer_tail(model.proto).ends)
         facts = describe_model(model)
         facts["prepared"] = list(prepare_for_quantization(model).notes[len(model.notes) :])
         if not _silent(self.common):
@@ -293,7 +294,7 @@ class Evaluate:
             table = Table("model", "top-1 %", "top-5 %", "images", "s")
             for a in accuracies:
                 table.add_row(
-                    a.model, f"{a.top1:.2f}", f"{a.top5:.2f}", str(a.count), f"{a.seconds:.1f}"
+                    a.model, f"{a.top1:.2f}", _top5(a.top5), str(a.count), f"{a.seconds:.1f}"
                 )
             _stdout.print(table)
         return 0, facts
@@ -453,6 +454,10 @@ def _words(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _top5(percent: float) -> str:
+    return "-" if percent != percent else f"{percent:.2f}"  # a class alone has no second best
+
+
 def _print_model(facts: Mapping[str, Any]) -> None:
     table = Table(show_header=False)
     for name in ("path", "input", "outputs", "num_nodes", "num_batch_norms", "operators"):
@@ -504,10 +509,14 @@ def _print_result(report: Mapping[str, Any]) -> None:
     for clause in verdict.clauses:
         _stdout.print(f"  {clause}", markup=False)
     outputs = report["quantization"]["outputs"]
-    for output in outputs if len(outputs) > 1 else []:
-        _stdout.print(
-            f"  output {output['name']}: SQNR {_words(output['sqnr_db'])} dB", markup=False
-        )
+    for output in outputs:
+        if output["agreement"] is not None:
+            text = f"{_words(100 * output['agreement'])} % as in float"
+        elif output["sqnr_db"] is not None and len(outputs) > 1:
+            text = f"SQNR {_words(output['sqnr_db'])} dB"
+        else:
+            continue
+        _stdout.print(f"  output {output['name']}: {text}", markup=False)
     for entry in report["quantization"]["float"]:
         _stdout.print(
             f"  stays in float: {entry['op_type']} {entry['node']} ({entry['reason']})",

@@ -47,6 +47,7 @@ __all__ = [
 _COMPARED_IMAGES = 64
 _PACKAGES = ("onnx-zsq", "onnx", "onnxruntime", "torch", "numpy", "onnx-graphsurgeon")
 _POOR_SQNR_DB = 10.0
+_POOR_AGREEMENT = 0.8
 
 
 def versions() -> dict[str, str]:
@@ -282,6 +283,7 @@ class Record:
                 {
                     "name": name,
                     "sqnr_db": compared[name].sqnr_db,
+                    "agreement": compared[name].agreement,
                     "histogram": histogram.to_dict() if histogram is not None else None,
                 }
                 for name in self.network.outputs
@@ -301,6 +303,11 @@ class Record:
                 f"normalization was {self.preprocessing.source}; give --mean and --std if wrong"
             )
         for output in report["quantization"]["outputs"]:
+            if output["agreement"] is not None and output["agreement"] < _POOR_AGREEMENT:
+                warnings.append(
+                    f"output {output['name']} agrees with the float network in only "
+                    f"{100 * output['agreement']:.1f} %"
+                )
             if output["sqnr_db"] is not None and output["sqnr_db"] < _POOR_SQNR_DB:
                 warnings.append(
                     f"output {output['name']} has an SQNR of only {output['sqnr_db']:.1f} dB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ class Accuracy:
     Args:
         model: its file.
         top1: images whose label has the largest score, in percent.
-        top5: images whose label is among the five largest scores, in percent.
+        top5: images whose label is among the five largest scores, in percent; NaN for a network
+            that names a class instead of giving scores.
         count: number of images.
         seconds: time in onnxruntime, without reading and decoding.
     """
@@ -68,7 +70,8 @@ def evaluate_classification(
     """Run models on the same labelled images and count what they name right.
 
     The scores are the model's first output, flattened for each image; of equal scores, the
-    one with the lowest index wins. Images are decoded once for all models with the same input.
+    one with the lowest index wins. A single integer for each image is the class itself.
+    Images are decoded once for all models with the same input.
 
     Args:
         models: ONNX files, float or quantized.
@@ -141,6 +144,7 @@ class _Tally:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.right = {1: 0, 5: 0}
+        self.names_class = False  # the network ends in ArgMax
         self.count = 0
         self.seconds = 0.0
 
@@ -151,15 +155,22 @@ class _Tally:
         scores = self.session.scores(images)
         self.seconds += time.perf_counter() - start
         if self.count == 0:
-            self._check(scores.shape[1], dataset)
+            self.names_class = scores.shape[1] == 1 and scores.dtype.kind in "iu"
+            if not self.names_class:
+                self._check(scores.shape[1], dataset)
         if np.isnan(scores).any():
             logger.warning("%s: some scores are NaN", self.session.path)
-        rank = ranks(scores, labels)
-        for top in self.right:
-            self.right[top] += int((rank < top).sum())
+        if self.names_class:
+            self.right[1] += int((scores[:, 0] == labels).sum())
+        else:
+            rank = ranks(scores, labels)
+            for top in self.right:
+                self.right[top] += int((rank < top).sum())
         self.count += len(labels)
 
     def top(self, top: int) -> float:
+        if self.names_class and top > 1:
+            return math.nan
         return 100 * self.right[top] / self.count if self.count else 0.0
 
     def result(self) -> Accuracy:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from graph_tools.errors import ModelError
+from graph_tools.integer_tail import IntegerTail, find_integer_tail
 from graph_tools.model import Model, initializers
-from graph_tools.quantizer import Plan, QuantizedConstant, TensorQuantizer
+from graph_tools.quantizer import FloatNode, Plan, QuantizedConstant, TensorQuantizer
 from graph_tools.torch_graph import TorchGraph
 from pipeline.images import ImageSet
 from pipeline.quantize.bias_correction import correct_biases
@@ -68,8 +69,9 @@ def quantize(
         ModelError: the graph has nothing to quantize.
         DataError: the network is not finite on the images.
     """
-    graph = TorchGraph(model.proto)
-    placement = place(model, graph.steps)
+    tail = find_integer_tail(model.proto)
+    graph = TorchGraph(model.proto, outputs=tail.ends)
+    placement = place(replace(model, outputs=tail.ends), graph.steps)
     if not placement.weighted:
         raise ModelError(
             "no convolution, Gemm or MatMul with constant weights",
@@ -112,7 +114,7 @@ def quantize(
         absorbed=absorbed,
         shares=placement.shares,
         midpoint=_midpoint(placement, tensors, settings),
-        float_nodes=placement.float_nodes,
+        float_nodes=(*placement.float_nodes, *_left_alone(model, tail)),
     )
     clipped = {
         name: histogram.clipped_percent(
@@ -123,6 +125,16 @@ def quantize(
     }
     logger.info("%d tensors, %d constants quantized", len(tensors), len(constants))
     return Quantization(plan=plan, clipped_percent=clipped, notes=tuple(notes))
+
+
+def _left_alone(model: Model, tail: IntegerTail) -> Iterator[FloatNode]:
+    types = {node.name: node.op_type for node in model.proto.graph.node}
+    for name in tail.nodes:
+        yield FloatNode(
+            node=name,
+            op_type=types[name],
+            reason="decides on what the last weighted operator computes",
+        )
 
 
 def _batch_size(model: Model) -> int:

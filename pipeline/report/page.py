@@ -322,6 +322,11 @@ def _outputs(outputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             x_label="value",
         )
         rows.append(
-            {"name": output.get("name"), "sqnr_db": output.get("sqnr_db"), "chart": chart}
+            {
+                "name": output.get("name"),
+                "sqnr_db": output.get("sqnr_db"),
+                "agreement": output.get("agreement"),
+                "chart": chart,
+            }
         )
     return rows

@@ -15,6 +15,7 @@ _GOOD: Tone = "good"
 _WARN: Tone = "warn"
 _BAD: Tone = "bad"
 _POOR_SQNR_DB = 10.0
+_POOR_AGREEMENT = 0.8
 _ARROW = " \N{RIGHTWARDS ARROW} "
 
 
@@ -101,7 +102,7 @@ def _sqnr(outputs: Sequence[Mapping[str, Any]]) -> tuple[str, Fact | None]:
         if (sqnr := as_float(output.get("sqnr_db"))) is not None
     ]
     if not known:
-        return "", None
+        return _agreement(outputs)
     sqnr, output = min(known, key=lambda pair: pair[0])
     several = len(outputs) > 1
     text = f"{format_number(sqnr, 1)} dB"
@@ -113,6 +114,23 @@ def _sqnr(outputs: Sequence[Mapping[str, Any]]) -> tuple[str, Fact | None]:
             tone=_BAD if sqnr < _POOR_SQNR_DB else "",
             detail=f"{output.get('name')}, of {len(outputs)} outputs" if several else "",
         ),
+    )
+
+
+def _agreement(outputs: Sequence[Mapping[str, Any]]) -> tuple[str, Fact | None]:
+    """What there is to say of outputs that are integers, all of them."""
+    known = [
+        (share, output)
+        for output in outputs
+        if (share := as_float(output.get("agreement"))) is not None
+    ]
+    if not known:
+        return "", None
+    share, output = min(known, key=lambda pair: pair[0])
+    text = f"{format_number(100 * share, 1)} %"
+    return (
+        f"{text} of output {output.get('name')} as in float",
+        Fact(label="As in float", value=text, tone=_BAD if share < _POOR_AGREEMENT else ""),
     )
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -159,6 +160,15 @@ class _Target:
     name: str
     scale: float | None
     feeds: tuple[str, ...] = ()
+    decides: bool = False
+
+    @property
+    def kind(self) -> Literal["integer output", "float output", "last integers", "decision"]:
+        if self.feeds:
+            return "last integers"
+        if self.decides:
+            return "decision"
+        return "float output" if self.scale is None else "integer output"
 
 
 class _Part:
@@ -184,13 +194,7 @@ class _Part:
         for target in self._targets:
             yield TensorProof(
                 name=target.name,
-                kind=(
-                    "last integers"
-                    if target.feeds
-                    else "float output"
-                    if target.scale is None
-                    else "integer output"
-                ),
+                kind=target.kind,
                 scale=target.scale,
                 feeds=target.feeds,
                 differences=tuple(
@@ -262,7 +266,12 @@ def _compile(
 
     scales = {name: graph.output_scale(name) for name in graph.outputs}
     targets = [
-        _Target(output=name, name=name, scale=None if scale is None else float(scale))
+        _Target(
+            output=name,
+            name=name,
+            scale=None if scale is None else float(scale),
+            decides=name in graph.decisions,
+        )
         for name, scale in scales.items()
     ]
     parts = [_Part(runs, targets)]

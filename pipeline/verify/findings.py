@@ -56,6 +56,13 @@ def difference_failures(tensors: Sequence[TensorProof]) -> Iterator[str]:
                 f"({100 * pair.share:.3g} %) differ between the unoptimized and the optimized "
                 f"run, by up to {pair.largest_steps:g} steps"
             )
+    for tensor in tensors:
+        pair = tensor.between("unoptimized", "optimized")
+        if tensor.kind == "decision" and pair.differing:
+            yield (
+                f"{tensor.name}: {pair.differing:,} of {pair.elements:,} decisions differ "
+                "between the unoptimized and the optimized run"
+            )
 
 
 def scale_failures(scales: ScaleCheck) -> Iterator[str]:

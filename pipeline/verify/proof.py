@@ -25,15 +25,16 @@ class TensorProof:
         name: the graph output, or the tensor that a QuantizeLinear reads.
         kind: ``integer output``: a graph output that holds dequantized integers; ``float
             output``: something in float lies between the last integers and it; ``last
-            integers``: the quantized tensor in front of a float tail.
-        scale: one step of its integers; None for a float output.
+            integers``: the quantized tensor in front of a float tail; ``decision``: a graph
+            output of integers or booleans, compared exactly.
+        scale: one step of its integers; None for a float output or a decision.
         feeds: the float outputs it feeds; empty for graph outputs.
         differences: one for each pair of runs: unoptimized and optimized, unoptimized and
             default, optimized and default.
     """
 
     name: str
-    kind: Literal["integer output", "float output", "last integers"]
+    kind: Literal["integer output", "float output", "last integers", "decision"]
     scale: float | None
     feeds: tuple[str, ...]
     differences: tuple[Difference, ...]

@@ -22,6 +22,15 @@ _MOVES_DATA = frozenset(
 )
 
 
+_FLOATS = (
+    onnx.TensorProto.UNDEFINED,
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.DOUBLE,
+    onnx.TensorProto.BFLOAT16,
+)
+
+
 def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
     """Return an attribute's value, or ``default`` when the node has none of that name."""
     for entry in node.attribute:
@@ -73,6 +82,15 @@ class QuantizedGraph:
     def dequantizers(self) -> tuple[NodeProto, ...]:
         """Every DequantizeLinear node."""
         return tuple(n for n in self.nodes if n.op_type == "DequantizeLinear")
+
+    @cached_property
+    def decisions(self) -> frozenset[str]:
+        """Graph outputs that are integers or booleans, such as ArgMax gives."""
+        return frozenset(
+            entry.name
+            for entry in self.proto.graph.output
+            if entry.type.tensor_type.elem_type not in _FLOATS
+        )
 
     @cached_property
     def batch(self) -> int | None:
