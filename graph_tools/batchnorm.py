@@ -218,8 +218,10 @@ def fold_batch_norms(model: Model) -> Model:
     uses = Counter(name for node in graph.node for name in node.input)
     uses.update(model.outputs)
     producers = {node.output[0]: node for node in graph.node}
+    taken = {t.name for t in graph.initializer} | {o for n in graph.node for o in n.output}
+    outside = any(is_outside(tensor) for tensor in graph.initializer)
     folded = []
-    for node in graph.node:
+    for index, node in enumerate(graph.node):
         if node.op_type != "BatchNormalization":
             continue
         producer = producers.get(node.input[0])
@@ -228,13 +230,18 @@ def fold_batch_norms(model: Model) -> Model:
         weights = _folded_weights(producer, sites[node.name], constants)
         if weights is None:
             continue
-        names = _write_weights(graph, producer, node, weights)
+        names = _unused_names(producer, node, taken)
+        graph.initializer.extend(
+            tensor_of(value, name, outside=outside)
+            for name, value in zip(names, weights, strict=True)
+        )
+        _read_weights(producer, names)
         constants.update(zip(names, weights, strict=True))
         producer.output[0] = node.output[0]
         producers[node.output[0]] = producer
-        folded.append(node)
-    for node in folded:
-        graph.node.remove(node)
+        folded.append(index)
+    for index in reversed(folded):
+        del graph.node[index]
     _drop_unused(graph, set(model.outputs))
     return replace_proto(model, proto)
 
@@ -277,28 +284,23 @@ def _folded_weights(
     return (weight * spread).astype(np.float32), bias.astype(np.float32)
 
 
-def _write_weights(
-    graph: onnx.GraphProto,
-    producer: onnx.NodeProto,
-    node: onnx.NodeProto,
-    weights: tuple[np.ndarray, np.ndarray],
+def _unused_names(
+    producer: onnx.NodeProto, node: onnx.NodeProto, taken: set[str]
 ) -> tuple[str, str]:
-    """Put new weights behind `producer`, named after its old ones where these are free."""
-    taken = {t.name for t in graph.initializer} | {o for n in graph.node for o in n.output}
-    moved = any(is_outside(t) for t in graph.initializer)
+    """Name new weights of `producer` after its old ones where these are free."""
     bias = producer.input[2] if len(producer.input) > 2 else ""
-    names = (
+    return (
         _unused(f"{producer.input[1]}/folded", taken),
         _unused(f"{bias or node.input[2]}/folded", taken),
     )
-    for name, value in zip(names, weights, strict=True):
-        graph.initializer.append(tensor_of(value, name, outside=moved))
+
+
+def _read_weights(producer: onnx.NodeProto, names: tuple[str, str]) -> None:
     del producer.input[1:]
     producer.input.extend(names)
     for attribute in producer.attribute:
         if attribute.name == "beta":
             attribute.f = 1.0
-    return names
 
 
 def _unused(name: str, taken: set[str]) -> str:

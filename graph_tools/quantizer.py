@@ -82,8 +82,11 @@ class TensorQuantizer:
 
     def quantize(self, values: FloatArray) -> IntArray:
         """Integers of ``values``: round half to even, then saturate (QuantizeLinear)."""
-        scaled = np.rint(np.asarray(values, np.float64) / self.scale_for(np.ndim(values)))
-        return np.asarray(np.clip(scaled, self.qmin, self.qmax), np.int32)
+        scaled = np.asarray(
+            np.divide(values, self.scale_for(np.ndim(values)), dtype=np.float64)
+        )
+        np.rint(scaled, out=scaled)
+        return np.clip(scaled, self.qmin, self.qmax, out=scaled).astype(np.int32)
 
     def dequantize(self, integers: IntArray) -> FloatArray:
         """Values of ``integers`` (DequantizeLinear)."""

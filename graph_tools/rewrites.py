@@ -298,8 +298,10 @@ def constant_affine_to_convolution(graph: gs.Graph) -> int:
     """
     count = 0
     for node in list(graph.nodes):
-        found = _operand(node) if len(node.inputs) == 2 else None
-        if found is None or node.op not in ("Add", "Sub", "Mul", "Div"):
+        if node.op not in ("Add", "Sub", "Mul", "Div") or len(node.inputs) != 2:
+            continue
+        found = _operand(node)
+        if found is None:
             continue
         x = found[0]
         if rank_of(x) != 4 or not isinstance(x.shape[1], int):
@@ -399,7 +401,7 @@ def write_attributes_out(graph: gs.Graph) -> int:
         if node.op == "Conv":
             if not isinstance(node.inputs[1], gs.Constant):
                 continue
-            kernel = list(node.inputs[1].values.shape[2:])
+            kernel = list(node.inputs[1].shape[2:])
         else:
             kernel = list(node.attrs["kernel_shape"])
         pads = _explicit_pads(node, kernel)

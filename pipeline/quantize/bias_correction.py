@@ -57,7 +57,6 @@ def correct_biases(
     Returns:
         The corrected biases by initializer name, and the number of images used.
     """
-    fixed = {name: torch.from_numpy(c.values) for name, c in constants.items()}
     corrected: dict[str, QuantizedConstant] = {}
     images = _images_within_budget(graph, batches)
     used = sum(len(batch) for batch in images)
@@ -67,6 +66,11 @@ def correct_biases(
     last_reader = _last_readers(graph)
     with torch.no_grad():
         for index, step in enumerate(graph.steps):
+            fixed = {  # of one operator at a time: all together are as large as the weights
+                name: torch.from_numpy(constants[name].values)
+                for name in step.inputs
+                if name in constants
+            }
             for batch in range(len(images)):
                 _run(graph, step, exact, batch, {})
                 _run(graph, step, rounded, batch, fixed)

@@ -24,6 +24,7 @@ FLOOR = 2.0**-16
 
 _ACTIVATION_CANDIDATES = 20
 _WEIGHT_CANDIDATES = 10
+_CHUNK = 2**22  # weights searched at once
 
 
 def ceil_log2(value: float) -> int:
@@ -119,7 +120,19 @@ def weight_exponents(
         metric: ``mse``, ``mae`` or ``no-clipping``; ``kl`` is for histograms, and weights take
             ``mse`` instead.
     """
-    rows = np.moveaxis(np.asarray(weight, np.float64), axis, 0).reshape(weight.shape[axis], -1)
+    rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+    step = max(1, _CHUNK // max(1, rows.shape[1]))
+    return tuple(
+        exponent
+        for first in range(0, len(rows), step)
+        for exponent in _row_exponents(
+            np.asarray(rows[first : first + step], np.float64), bits, metric
+        )
+    )
+
+
+def _row_exponents(rows: Array, bits: int, metric: Metric) -> tuple[int, ...]:
+    """Scale exponent of each row of a matrix."""
     start = np.array(
         [_largest_exponent(float(r.min()), float(r.max()), bits, True) for r in rows], np.int64
     )

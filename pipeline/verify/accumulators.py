@@ -60,12 +60,17 @@ def measure_accumulators(graph: QuantizedGraph) -> Iterator[Accumulator]:
         stored = graph.constant(graph.producers[node.input[1]].input[0])
         if stored is None:
             continue
-        weights = _by_output_channel(node, stored.astype(np.int64))
+        if stored.dtype.kind not in "iu":  # numpy knows 4-bit integers as extensions only
+            stored = stored.astype(np.int64)
+        weights = _by_output_channel(node, stored)
         low, high = graph.integer_range(data)
+        span = high - low
         bias = _bias(graph, node, len(weights))
-        products = np.stack([weights * low, weights * high, np.zeros_like(weights)])
-        bottom = products.min(axis=0).sum(axis=1) + np.minimum(bias, 0)
-        top = products.max(axis=0).sum(axis=1) + np.maximum(bias, 0)
+        rising = np.maximum(weights, 0).sum(axis=1, dtype=np.int64)
+        falling = np.minimum(weights, 0).sum(axis=1, dtype=np.int64)
+        low, high = min(low, 0), max(high, 0)  # a product may be missing at a border
+        bottom = rising * low + falling * high + np.minimum(bias, 0)
+        top = rising * high + falling * low + np.maximum(bias, 0)
         largest = int(max(top.max(initial=0), -bottom.min(initial=0)))
         bits = 1 + max(
             int(top.max(initial=0)).bit_length(), (-int(bottom.min()) - 1).bit_length()
@@ -77,7 +82,7 @@ def measure_accumulators(graph: QuantizedGraph) -> Iterator[Accumulator]:
             bits=bits,
             simulation_exact=largest <= 2**24,
             overflows_int32=bits > 32,
-            may_saturate=_may_saturate(weights, high - low),
+            may_saturate=_may_saturate(weights, span),
         )
 
 
@@ -110,7 +115,8 @@ def _bias(graph: QuantizedGraph, node: NodeProto, channels: int) -> np.ndarray[A
 
 def _may_saturate(weights: np.ndarray[Any, Any], span: int) -> bool:
     # The kernels take activations as uint8, int8 ones shifted by their zero point.
-    if weights.shape[1] < 2 or span > 255 or np.abs(weights).max(initial=0) > 128:
+    largest = max(int(weights.max(initial=0)), -int(weights.min(initial=0)))
+    if weights.shape[1] < 2 or span > 255 or largest > 128:
         return False
     ordered = np.sort(weights, axis=1)
     positive = np.maximum(ordered[:, -2:], 0).sum(axis=1) * span > _PAIR_LIMIT
