@@ -11,13 +11,15 @@ import math
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from onnx import helper
 
+from graph_tools.equivalence import run_model
 from graph_tools.errors import ModelError
 from graph_tools.passes import constants_to_initializers, inline_constant_ifs, remove_no_ops
 from graph_tools.quiet import one_line, quiet
 from graph_tools.shapes import TensorType, infer
 from graph_tools.walk import subgraphs
-from graph_tools.weights import import_graph, is_outside, move_out
+from graph_tools.weights import import_graph, is_outside, move_out, tensor_of
 
 __all__ = [
     "MAX_CONSTANT",
@@ -67,7 +69,9 @@ def fold_constants(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _fold_once(proto: onnx.ModelProto) -> onnx.ModelProto:
-    foldable = _foldable(proto, infer(proto))
+    types = infer(proto)
+    proto = _fold_outside(proto, types)
+    foldable = _foldable(proto, types)
     if not foldable:
         return _without_dead(proto)
     try:
@@ -98,6 +102,41 @@ def _gs_fold(
         graph.cleanup()
         result: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
         return result
+
+
+def _fold_outside(proto: onnx.ModelProto, types: dict[str, TensorType]) -> onnx.ModelProto:
+    """Compute, one by one, the nodes that read constants outside the model (a Transpose, say)."""
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    if not any(map(is_outside, constants.values())):
+        return proto
+    done, made = [], []
+    for index, node in enumerate(proto.graph.node):
+        names = [name for name in node.input if name]
+        if (
+            not names
+            or not all(name in constants for name in names)
+            or not any(is_outside(constants[name]) for name in names)
+            or not _may_compute(node, types)
+        ):
+            continue
+        outputs = [helper.make_empty_tensor_value_info(name) for name in node.output if name]
+        given = [constants[name] for name in dict.fromkeys(names)]
+        graph = helper.make_graph([node], "one", [], outputs, given)
+        model = helper.make_model(graph, opset_imports=proto.opset_import, ir_version=8)
+        try:
+            values = run_model(model, {})
+        except RuntimeError:  # what onnxruntime cannot run stays as it is
+            continue
+        for output, value in zip(outputs, values, strict=True):
+            constants[output.name] = tensor_of(value, output.name, outside=True)
+            made.append(constants[output.name])
+        done.append(index)
+    result = onnx.ModelProto()
+    result.CopyFrom(proto)
+    for index in reversed(done):
+        del result.graph.node[index]
+    result.graph.initializer.extend(made)
+    return result
 
 
 def _without_dead(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -23,6 +23,7 @@ from graph_tools.model import initializers, load, save
 from graph_tools.prepare import prepare_for_quantization
 from graph_tools.saving import data_file
 from graph_tools.torch_graph import TorchGraph
+from pipeline.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,6 +127,46 @@ def test_old_opsets_and_other_types_load_fold_and_prepare(tmp_path, dtype):
         np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
         run = TorchGraph(network.proto)(torch.from_numpy(image.astype(np.float32)))["y"]
         np.testing.assert_allclose(run, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures("little_inside")
+def test_constants_computed_from_weights_outside_are_folded(tmp_path, run_onnx):
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]>'
+        "g (float[N,3,8,8] x) => (float[N,20] y) { f = Flatten(x) t = Transpose(w)"
+        " s = Mul(t, half) y = MatMul(f, s) }"
+    )
+    w = np.random.default_rng(0).normal(size=(20, 192)).astype(np.float32)
+    for name, array in (("w", w), ("half", np.array(0.5, np.float32))):
+        proto.graph.initializer.append(numpy_helper.from_array(array, name))
+    whole = onnx.ModelProto()
+    whole.CopyFrom(proto)
+    path = tmp_path / "m.onnx"
+    onnx.save(proto, path, save_as_external_data=True, location="m.bin", size_threshold=256)
+    model = load(path)
+    assert [node.op_type for node in model.proto.graph.node] == ["Flatten", "MatMul"]
+    assert weights.stored_bytes(model.proto)[1] == w.nbytes
+    image = np.random.default_rng(1).normal(size=(2, 3, 8, 8)).astype(np.float32)
+    actual = run_model(model.proto, {"x": image})[0]
+    np.testing.assert_allclose(actual, run_onnx(whole, image)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("little_inside")
+def test_a_large_file_is_quantized_and_proved(wide, capsys):
+    options = ["--method", "noise", "--num-images", "2", "--mean", "0", "--std", "1"]
+    assert main(["quantize", str(wide), *options, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    written = wide.with_name("wide.w8a8.onnx")
+    assert report["proof"]["passed"]
+    assert report["proof"]["kernels"]["integer_kernels"]["QLinearConv"] == 4
+    files = [written, data_file(written)]
+    assert report["quantization"]["bytes"]["quantized"] == sum(f.stat().st_size for f in files)
+    assert files[1].stat().st_size > 3 * 64 * 64
+    assert sorted(p.name for p in wide.parent.glob(".*")) == []
+    assert not list(wide.with_name("wide.w8a8").glob("*.data"))
+    capsys.readouterr()
+    assert main(["verify", str(written), "--json"]) == 0
+    assert main(["expose", str(wide), "-o", str(wide.with_name("e.onnx"))]) == 2  # no BN
 
 
 @pytest.mark.usefixtures("little_inside")
