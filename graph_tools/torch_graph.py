@@ -6,68 +6,26 @@ graph runs. The operators live in :mod:`graph_tools.torch_ops`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-import numpy as np
 import onnx
 import torch
-from onnx import numpy_helper
 
-from graph_tools.errors import ModelError, UnsupportedOperatorError
+from graph_tools.errors import ModelError
 from graph_tools.torch_ops import OPERATORS
-from graph_tools.torch_ops.creation import constant_value
-from graph_tools.torch_ops.dtypes import to_tensor
-from graph_tools.torch_ops.registry import Compute, Node
-from graph_tools.weights import is_outside, values_of
+from graph_tools.torch_steps import (
+    OLDEST_OPSET,
+    Prepared,
+    Step,
+    constants_and_steps,
+    needed_nodes,
+    prepare_steps,
+)
 
 __all__ = ["OLDEST_OPSET", "Hook", "Step", "TorchGraph"]
 
 Hook = Callable[[str, torch.Tensor], torch.Tensor]
-
-OLDEST_OPSET = 13
-"""Before it Softmax, Squeeze, ReduceSum and others meant something else."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One node, in the order of computation.
-
-    Attributes:
-        name: the node's name.
-        op_type: the ONNX operator.
-        inputs: tensor names, ``""`` where an input is absent.
-        outputs: tensor names, ``""`` where an output is not wanted.
-        attributes: what the node sets; strings are ``str``, lists are tuples, tensors are CPU
-            tensors.
-    """
-
-    name: str
-    op_type: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    attributes: Mapping[str, Any] = field(hash=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Prepared:
-    """A step with its function.
-
-    Attributes:
-        step: the node.
-        compute: its function, which may have read some of its constant inputs.
-        read_constants: names of those.
-        host: indices of inputs that stay on the CPU.
-        last_uses: tensors that nobody needs after this step.
-    """
-
-    step: Step
-    node: Node
-    compute: Compute
-    read_constants: frozenset[str]
-    host: frozenset[int]
-    last_uses: tuple[str, ...] = ()
 
 
 class TorchGraph(torch.nn.Module):
@@ -98,20 +56,15 @@ class TorchGraph(torch.nn.Module):
     ) -> None:
         super().__init__()
         graph = proto.graph
-        opset = _opset(proto)
         given = {tensor.name for tensor in graph.initializer}
         self.input_names = tuple(v.name for v in graph.input if v.name not in given)
         self.output_names = (
             tuple(v.name for v in graph.output) if outputs is None else tuple(outputs)
         )
 
-        nodes = _needed_nodes(graph, self.output_names, {*given, *self.input_names})
-        missing = tuple(_qualified(node) for node in nodes if not _is_known(node))
-        if missing:
-            raise UnsupportedOperatorError(missing, where=graph.name)
-        _check_versions(nodes, opset, graph.name)
+        nodes = needed_nodes(proto, self.output_names, {*given, *self.input_names})
         wanted = {name for node in nodes for name in node.input} | set(self.output_names)
-        constants, steps = _constants_and_steps(graph, nodes, wanted, opset)
+        constants, steps = constants_and_steps(proto, nodes, wanted)
 
         self._host_constants: dict[str, torch.Tensor] = {}
         self._buffer_names: dict[str, str] = {}
@@ -129,10 +82,8 @@ class TorchGraph(torch.nn.Module):
                 self._buffer_names[name] = f"constant_{len(self._buffer_names)}"
                 self.register_buffer(self._buffer_names[name], value, persistent=False)
 
-        types = _element_types(graph)
-        prepared = [_prepare(step, opset, constants, types) for step in steps]
         kept = {*self.output_names, *constants}
-        self._prepared = _with_last_uses(prepared, kept)
+        self._prepared = prepare_steps(proto, steps, constants, self.output_names)
         self._by_output = {item.step.outputs: item for item in self._prepared}
         self._unused_inputs = tuple(n for n in self.input_names if n not in {*wanted, *kept})
         self.steps = tuple(item.step for item in self._prepared)
@@ -188,7 +139,7 @@ class TorchGraph(torch.nn.Module):
         return self._run(self._by_output[step.outputs], values)
 
     def _advance(
-        self, item: _Prepared, values: dict[str, torch.Tensor], hook: Hook | None
+        self, item: Prepared, values: dict[str, torch.Tensor], hook: Hook | None
     ) -> None:
         """Run a step on ``values``, and drop what nobody needs after it.
 
@@ -202,7 +153,7 @@ class TorchGraph(torch.nn.Module):
             del values[name]
 
     def _run(
-        self, item: _Prepared, values: Mapping[str, torch.Tensor]
+        self, item: Prepared, values: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
         step, compute = item.step, item.compute
         if item.read_constants and not item.read_constants.isdisjoint(values):
@@ -221,7 +172,7 @@ class TorchGraph(torch.nn.Module):
 
     def _place(
         self,
-        item: _Prepared,
+        item: Prepared,
         arguments: list[torch.Tensor | None],
         values: Mapping[str, torch.Tensor],
     ) -> None:
@@ -253,160 +204,3 @@ class TorchGraph(torch.nn.Module):
         buffer = self._buffers[self._buffer_names[name]]
         assert buffer is not None  # none is registered without a value
         return buffer
-
-
-def _opset(proto: onnx.ModelProto) -> int:
-    versions = [o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")]
-    return versions[0] if versions else OLDEST_OPSET
-
-
-def _check_versions(nodes: Sequence[onnx.NodeProto], opset: int, where: str) -> None:
-    """Refuse operators that an old opset defines in another way than ``OLDEST_OPSET``."""
-    if opset >= OLDEST_OPSET:
-        return
-    outdated = sorted(
-        op_type
-        for op_type in {node.op_type for node in nodes}
-        if not onnx.defs.has(op_type, opset)
-        or onnx.defs.get_schema(op_type, opset).since_version
-        != onnx.defs.get_schema(op_type, OLDEST_OPSET).since_version
-    )
-    if outdated:
-        raise ModelError(
-            f"opset {opset} is too old to run {', '.join(outdated)}",
-            where=where,
-            hint=f"convert the model to opset {OLDEST_OPSET} or newer first",
-        )
-
-
-def _qualified(node: onnx.NodeProto) -> str:
-    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}:{node.op_type}"
-
-
-def _is_known(node: onnx.NodeProto) -> bool:
-    return node.domain in ("", "ai.onnx") and node.op_type in OPERATORS
-
-
-def _needed_nodes(
-    graph: onnx.GraphProto, outputs: Iterable[str], available: set[str]
-) -> list[onnx.NodeProto]:
-    """Return the nodes that the outputs depend on, in an order in which they can run."""
-    producers = {name: node for node in graph.node for name in node.output if name}
-    ordered: list[onnx.NodeProto] = []
-    done: set[int] = set()
-    for output in outputs:
-        if output not in producers and output not in available:
-            raise ModelError(f"no tensor {output!r} in the graph", where=graph.name)
-        # Depth first with a stack of its own: deep graphs exceed Python's recursion limit.
-        stack = [producers[output]] if output in producers else []
-        while stack:
-            node = stack[-1]
-            waiting = [
-                producers[name]
-                for name in node.input
-                if name in producers and id(producers[name]) not in done
-            ]
-            if id(node) in done:
-                stack.pop()
-            elif waiting:
-                stack.extend(reversed(waiting))
-            else:
-                done.add(id(node))
-                ordered.append(stack.pop())
-    return ordered
-
-
-def _constants_and_steps(
-    graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto], wanted: set[str], opset: int
-) -> tuple[dict[str, torch.Tensor], list[Step]]:
-    """Return the constants (initializers and Constant nodes) and the steps."""
-    constants = {
-        tensor.name: _weight(tensor) for tensor in graph.initializer if tensor.name in wanted
-    }
-    steps = []
-    for position, proto in enumerate(nodes):
-        step = Step(
-            name=proto.name or f"{proto.op_type}_{position}",
-            op_type=proto.op_type,
-            inputs=tuple(proto.input),
-            outputs=tuple(proto.output),
-            attributes={a.name: _attribute(a) for a in proto.attribute},
-        )
-        if proto.op_type == "Constant":
-            constants[proto.output[0]] = constant_value(_node(step, opset, {}, {}))
-        else:
-            steps.append(step)
-    return constants, steps
-
-
-def _weight(tensor: onnx.TensorProto) -> torch.Tensor:
-    """Return an initializer as a tensor; values outside the model are mapped, not copied."""
-    values = values_of(tensor)
-    if is_outside(tensor) and values.dtype == np.float32 and values.flags.aligned:
-        values.flags.writeable = True  # torch knows no other arrays; nothing writes to them
-        return torch.from_numpy(values)
-    return to_tensor(values)
-
-
-def _attribute(attribute: onnx.AttributeProto) -> Any:
-    """Return an attribute's value in plain types."""
-    value = onnx.helper.get_attribute_value(attribute)
-    if isinstance(value, bytes):
-        return value.decode()
-    if isinstance(value, onnx.TensorProto):
-        return to_tensor(numpy_helper.to_array(value))
-    if isinstance(value, int | float | onnx.SparseTensorProto):
-        return value
-    return tuple(item.decode() if isinstance(item, bytes) else item for item in value)
-
-
-def _element_types(graph: onnx.GraphProto) -> dict[str, int]:
-    """Return the ONNX element types of all tensors that declare one."""
-    types = {
-        value.name: value.type.tensor_type.elem_type
-        for value in (*graph.input, *graph.value_info, *graph.output)
-    }
-    return types | {tensor.name: tensor.data_type for tensor in graph.initializer}
-
-
-def _node(
-    step: Step,
-    opset: int,
-    constants: Mapping[str, torch.Tensor],
-    types: Mapping[str, int],
-) -> Node:
-    return Node(
-        name=step.name,
-        op_type=step.op_type,
-        opset=opset,
-        inputs=step.inputs,
-        outputs=step.outputs,
-        attributes=step.attributes,
-        constants={i: constants[n] for i, n in enumerate(step.inputs) if n in constants},
-        types={i: types[n] for i, n in enumerate(step.inputs) if types.get(n)},
-    )
-
-
-def _prepare(
-    step: Step,
-    opset: int,
-    constants: Mapping[str, torch.Tensor],
-    types: Mapping[str, int],
-) -> _Prepared:
-    node, known = _node(step, opset, constants, types), OPERATORS[step.op_type]
-    compute = known.build(node)
-    read = frozenset(step.inputs[index] for index in node.read_constants)
-    return _Prepared(
-        step=step, node=node, compute=compute, read_constants=read, host=known.host
-    )
-
-
-def _with_last_uses(prepared: Sequence[_Prepared], kept: set[str]) -> tuple[_Prepared, ...]:
-    """Note after which step each value is dead; ``kept`` names never are."""
-    seen = set(kept)
-    result = []
-    for item in reversed(prepared):
-        names = dict.fromkeys(n for n in (*item.step.inputs, *item.step.outputs) if n)
-        result.append(replace(item, last_uses=tuple(n for n in names if n not in seen)))
-        seen.update(names)
-    return tuple(reversed(result))
