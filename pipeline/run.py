@@ -20,8 +20,8 @@ from graph_tools.model import Model, load, save
 from graph_tools.prepare import prepare_for_quantization
 from graph_tools.qdq import write_qdq
 from graph_tools.restore import Restoration, restore_batch_norms
-from graph_tools.side_file import read_side_file
 from graph_tools.saving import data_file
+from graph_tools.side_file import read_side_file
 from pipeline.evaluate.classification import Accuracy, evaluate_classification
 from pipeline.evaluate.datasets import open_dataset
 from pipeline.evaluate.sessions import open_session
