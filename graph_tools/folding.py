@@ -15,8 +15,10 @@ from onnx import helper
 
 from graph_tools.equivalence import run_model
 from graph_tools.errors import ModelError
+from graph_tools.opset import opset_version
 from graph_tools.passes import constants_to_initializers, inline_constant_ifs, remove_no_ops
 from graph_tools.quiet import one_line, quiet
+from graph_tools.sequences import resolve_sequences
 from graph_tools.shapes import TensorType, infer
 from graph_tools.walk import subgraphs
 from graph_tools.weights import import_graph, is_outside, move_out, tensor_of
@@ -43,10 +45,13 @@ _RANDOM = frozenset(
 # No larger than their inputs (times the rank), though the exact size depends on values.
 _BOUNDED = frozenset("Compress NonZero Reshape Slice Squeeze Unique".split())
 _MAX_ROUNDS = 16
+_SEQUENCES = 13  # the opset from which on sequences are spelled without
 
 
 def fold_constants(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Compute all that depends on constants only, splice constant Ifs, drop dead nodes.
+    """Compute all that depends on constants only, drop dead nodes.
+
+    Constant Ifs are spliced, and sequences of tensors spelled without.
 
     Args:
         proto: a model without initializers among its inputs.
@@ -62,8 +67,10 @@ def fold_constants(proto: onnx.ModelProto) -> onnx.ModelProto:
         constants_to_initializers(proto.graph)
         proto = _fold_once(proto)
         remove_no_ops(proto.graph)
-        spliced = inline_constant_ifs(proto.graph)
-        if not spliced and len(proto.graph.node) == num_nodes:
+        changed = inline_constant_ifs(proto.graph)
+        if opset_version(proto) >= _SEQUENCES:
+            changed |= resolve_sequences(proto.graph)
+        if not changed and len(proto.graph.node) == num_nodes:
             break
     return proto
 
