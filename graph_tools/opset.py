@@ -128,6 +128,7 @@ def to_opset(proto: onnx.ModelProto, *, where: str) -> onnx.ModelProto:
             _set_resize_modes(result.graph)
     elif version > OPSET:
         result = _lower(result, version, where=where)
+    _replace_removed_mode(result.graph)
     del result.opset_import[:]
     result.opset_import.append(helper.make_opsetid("", OPSET))
     result.ir_version = IR_VERSION
@@ -232,6 +233,22 @@ def _set_resize_modes(graph: onnx.GraphProto) -> None:
         del node.attribute[:]
         node.attribute.extend(kept)
         node.attribute.extend(helper.make_attribute(*entry) for entry in modes.items())
+
+
+def _replace_removed_mode(graph: onnx.GraphProto) -> None:
+    """Write nearest sampling as opset 13 left it without the mode that TensorFlow has.
+
+    ``floor((i + 0.5) / scale)`` is ``floor(x + 0.5)`` of the half-pixel coordinate
+    ``x = (i + 0.5) / scale - 0.5``: half a pixel, rounded with ties up. Exporters go on using
+    the removed mode, and onnxruntime goes on reading it.
+    """
+    for node in graph.node:
+        given = {a.name: a for a in node.attribute}
+        mode, nearest = given.get("coordinate_transformation_mode"), given.get("nearest_mode")
+        if node.op_type != "Resize" or mode is None or mode.s != b"tf_half_pixel_for_nn":
+            continue
+        if nearest is not None and nearest.s == b"floor":
+            mode.s, nearest.s = b"half_pixel", b"round_prefer_ceil"
 
 
 def _lower(proto: onnx.ModelProto, version: int, *, where: str) -> onnx.ModelProto:

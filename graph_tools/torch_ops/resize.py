@@ -220,6 +220,8 @@ def _source(axis: _Axis, coordinates: str) -> np.ndarray:
             return position * 0.0 + 0.5 * (axis.start + axis.end) * last
         step = (axis.end - axis.start) * last / (axis.output - 1)
         return axis.start * last + position * step
+    if coordinates == "tf_half_pixel_for_nn":  # of opsets 11 and 12; still written by some
+        return (position + 0.5) / axis.scale
     source = (position + 0.5) / axis.scale - 0.5
     if coordinates == "half_pixel_symmetric":
         return source + axis.size / 2 * (1 - axis.output / exact_output)
