@@ -9,15 +9,15 @@ arithmetic (`graph_tools.shape_rules`). What cannot be spelled so stays as it wa
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from graph_tools.folding import check_sizes, fold_constants, fold_shapes
 from graph_tools.shape_rules import Probe, Use, free_constant, rewrite, same
-from graph_tools.shapes import BATCH, PROBES, infer, set_shape, with_batch
+from graph_tools.shapes import BATCH, PROBES, TensorType, infer, set_shape, with_batch
 from graph_tools.walk import all_nodes
 
 __all__ = ["fold_at_batch", "generalize_batch", "resolve_shapes"]
@@ -147,8 +147,12 @@ def generalize_batch(proto: onnx.ModelProto, batch: int) -> onnx.ModelProto:
     dim.dim_param = BATCH
     probe = fold_at_batch(result, batch)
     done: set[str] = set()
-    while ready := _next_constant_shapes(graph, done):
+    while True:
         larger = infer(with_batch(result, graph.input[0].name, batch + 1))
+        if _repeat_constants(graph, larger, batch):
+            continue
+        if not (ready := _next_constant_shapes(graph, done)):
+            break
         for node, index, value in ready:
             done.add(node.output[0])
             source = probe.shape(node.input[0])
@@ -157,6 +161,53 @@ def generalize_batch(proto: onnx.ModelProto, batch: int) -> onnx.ModelProto:
             if source and target and grown and len(source) == len(grown) and value.ndim == 1:
                 free_constant(graph, node, index, value, (source, grown, target))
     return resolve_shapes(result)
+
+
+def _repeat_constants(
+    graph: onnx.GraphProto, larger: Mapping[str, TensorType], batch: int
+) -> bool:
+    """Let constants that are joined to each image, such as a class token, follow the batch.
+
+    They have one row for each image of the file's batch; the first is repeated instead.
+    """
+    constants = {t.name: t for t in graph.initializer}
+    made: list[onnx.NodeProto] = []
+    changed = False
+    for node in graph.node:
+        shapes = {n: larger[n].static for n in node.input if n in larger}
+        grown = next((n for n, s in shapes.items() if s and s[0] == batch + 1), None)
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+        if node.op_type == "Concat" and grown and axis % len(shapes[grown] or ()):
+            for index, name in enumerate(node.input):
+                if name in constants and constants[name].dims[0] == batch:
+                    repeat = _repeated(graph, constants[name], grown, f"{name}/{len(made)}")
+                    made.extend(repeat)
+                    node.input[index] = repeat[-1].output[0] if repeat else name
+                    changed |= bool(repeat)
+        made.append(onnx.NodeProto.FromString(node.SerializeToString()))
+    if changed:
+        del graph.node[:]
+        graph.node.extend(made)
+    return changed
+
+
+def _repeated(
+    graph: onnx.GraphProto, tensor: onnx.TensorProto, image: str, name: str
+) -> list[onnx.NodeProto]:
+    """Return nodes that repeat the one row of `tensor` as often as `image` has rows."""
+    values = numpy_helper.to_array(tensor)
+    if not (values == values[:1]).all():
+        return []
+    row, ones = f"{name}/row", f"{name}/ones"
+    size, shape, output = f"{name}/size", f"{name}/shape", f"{name}/repeated"
+    graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values[:1]), row))
+    rest = np.ones(values.ndim - 1, np.int64)
+    graph.initializer.append(numpy_helper.from_array(rest, ones))
+    return [
+        helper.make_node("Shape", [image], [size], start=0, end=1),
+        helper.make_node("Concat", [size, ones], [shape], axis=0),
+        helper.make_node("Expand", [row, shape], [output]),
+    ]
 
 
 _SHAPE_INDEX = {"Reshape": 1, "Expand": 1, "Resize": 3}

@@ -85,8 +85,17 @@ def rewrite(graph: onnx.GraphProto, use: Use) -> bool:
     if isinstance(result, _Edit):
         _edit_resize(graph, use.node, result)
     else:
-        use.node.input[use.index] = _add(graph, use.node.input[use.index], result)
+        _set_target(graph, use.node, use.index, result)
     return True
+
+
+def _set_target(
+    graph: onnx.GraphProto, node: onnx.NodeProto, index: int, value: np.ndarray
+) -> None:
+    node.input[index] = _add(graph, node.input[index], value)
+    kept = [a for a in node.attribute if a.name != "allowzero"]  # 0 copies from here on
+    del node.attribute[:]
+    node.attribute.extend(kept)
 
 
 def _edit_resize(graph: onnx.GraphProto, node: onnx.NodeProto, edit: _Edit) -> None:
@@ -116,17 +125,16 @@ def _reshape(use: Use) -> np.ndarray | None:
     rows = np.array(targets)  # no -1 or 0 left in these
     result: np.ndarray = rows[0].copy()
     free = []
-    allow_zero = any(a.name == "allowzero" and a.i for a in use.node.attribute)
     for axis in np.flatnonzero((rows != rows[0]).any(axis=0)):
         copied = all(
             axis < len(source) and source[axis] == row[axis]
             for source, row in zip(sources, rows, strict=True)
         )
-        if copied and not allow_zero:
+        if copied:
             result[axis] = 0
         else:
             free.append(axis)
-    if len(free) > 1 or (not free and allow_zero):
+    if len(free) > 1 or not rows.all():
         return None
     result[free] = -1
     return result
@@ -180,7 +188,8 @@ def _resize_edit(
 ) -> _Edit | None:
     """Spell sizes without the batch: as scales where these are exact, else on fewer axes."""
     given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    if {"axes", "keep_aspect_ratio_policy"} & set(given) or len(source) != len(sizes):
+    policy = given.get("keep_aspect_ratio_policy", b"stretch")
+    if "axes" in given or policy != b"stretch" or len(source) != len(sizes):
         return None
     ratios = sizes / np.array(source)
     scales = ratios.astype(np.float32)
@@ -245,20 +254,37 @@ def free_constant(
     rule = _free_expand if node.op_type == "Expand" else _free_reshape
     freed = rule(value, source, target, changing[0])
     if freed is not None:
-        node.input[index] = _add(graph, node.input[index], freed)
+        _set_target(graph, node, index, freed)
 
 
 def _free_reshape(
     value: np.ndarray, source: _Shape, target: _Shape, axis: int
 ) -> np.ndarray | None:
-    before = prod(source[:axis])
-    place = next((k for k in range(len(target)) if prod(target[:k]) == before), None)
-    if place is None:
+    place = _place(source, target, axis)
+    if place is None or not all(target):
         return None
     copied = place == axis and source[axis] == target[place]
     result = np.array(target, np.int64)
     result[place] = 0 if copied else -1
     return result
+
+
+def _place(source: _Shape, target: _Shape, axis: int) -> int | None:
+    """Return the axis of `target` that holds the batch, which lies in `axis` of `source`.
+
+    In memory order the batch is where that axis begins, or, if it was merged into the axis, up
+    to where it ends. A target axis of size one there is the batch of a file written for one
+    image. Between two others it belongs to the second, unless that is the last: the features.
+    """
+    starts = [prod(target[:index]) for index in range(len(target))]
+    first = prod(source[:axis])
+    last = first * source[axis]
+    ones = [k for k, start in enumerate(starts) if target[k] == 1 and first <= start <= last]
+    if len(ones) == 1:
+        return ones[0]
+    place = next((k for k, start in enumerate(starts) if start == first), None)
+    is_last = place is not None and 0 < place == len(target) - 1
+    return len(target) - 2 if is_last else place
 
 
 def _free_expand(
