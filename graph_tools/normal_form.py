@@ -33,8 +33,10 @@ from graph_tools.passes import (
     check_inference_mode,
     constants_to_initializers,
     drop_initializer_inputs,
+    drop_unread_masks,
     name_nodes,
     remove_no_ops,
+    tell_names_apart,
     to_float32,
 )
 from graph_tools.quiet import one_line, quiet
@@ -83,12 +85,17 @@ def normalize(
     """
     check_versions(original, where=where)
     version = opset_version(original)
+    original, repeated = tell_names_apart(original)
     original = to_running_opset(original, where=where)
     check_operators(original, where=where)
     check_weights(original, where=where)
-    check_inference_mode(original, where=where)
-    proto = _standard_proto(original, where=where)
-    notes = _plain_graph(proto)
+    proto = onnx.ModelProto()
+    proto.CopyFrom(original)
+    drop_unread_masks(proto)
+    check_inference_mode(proto, where=where)
+    proto = _standard_proto(proto, where=where)
+    notes = [f"names defined twice told apart: {', '.join(repeated)}"] if repeated else []
+    notes += _plain_graph(proto)
     image, input_notes = find_image_input(
         proto.graph, input_shape=input_shape, layout=layout, where=where
     )
@@ -105,10 +112,8 @@ def normalize(
     return Normalized(proto=proto, input=image, fixed_batch=fixed_batch, notes=tuple(notes))
 
 
-def _standard_proto(original: onnx.ModelProto, *, where: str) -> onnx.ModelProto:
-    """Copy `original`, valid and sorted, with local functions inlined and one domain."""
-    proto = onnx.ModelProto()
-    proto.CopyFrom(original)
+def _standard_proto(proto: onnx.ModelProto, *, where: str) -> onnx.ModelProto:
+    """Return `proto` valid and sorted, with local functions inlined and one domain."""
     proto.ir_version = max(proto.ir_version, 4)  # from IR 4 on, initializers need no input
     proto.graph.name = proto.graph.name or "graph"
     try:
@@ -306,17 +311,24 @@ def _finish(proto: onnx.ModelProto, *, batch: int | None) -> onnx.ModelProto:
 
 
 def _cancel_casts(proto: onnx.ModelProto) -> bool:
-    """Turn casts to the type that a tensor has already into Identity."""
+    """Turn casts to the type that a tensor has already into Identity, CastLike into Cast."""
     types = infer(with_batch(proto, proto.graph.input[0].name, 1))
     changed = False
     for node in proto.graph.node:
-        if node.op_type != "Cast" or node.input[0] not in types:
+        if node.op_type not in ("Cast", "CastLike"):
             continue
-        target = next(a.i for a in node.attribute if a.name == "to")
-        if types[node.input[0]].elem_type == target:
-            node.op_type = "Identity"
-            del node.attribute[:]
-            changed = True
+        if node.op_type == "Cast":
+            target = next(a.i for a in node.attribute if a.name == "to")
+        else:
+            target = types[node.input[1]].elem_type if node.input[1] in types else 0
+        own = types[node.input[0]].elem_type if node.input[0] in types else 0
+        if not target or (node.op_type == "Cast" and own != target):
+            continue
+        del node.input[1:], node.attribute[:]
+        node.op_type = "Identity" if own == target else "Cast"
+        if own != target:
+            node.attribute.append(onnx.helper.make_attribute("to", target))
+        changed = True
     return changed
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -22,10 +23,12 @@ __all__ = [
     "check_inference_mode",
     "constants_to_initializers",
     "drop_initializer_inputs",
+    "drop_unread_masks",
     "inline_constant_ifs",
     "name_nodes",
     "remove_no_ops",
     "rename_tensor",
+    "tell_names_apart",
     "to_float32",
 ]
 
@@ -38,8 +41,20 @@ _MAX_SPARSE = 2**26
 _CHUNK = 2**22  # elements converted at once
 
 
+def drop_unread_masks(proto: onnx.ModelProto) -> None:
+    """Drop the second output of Dropout where nobody reads it, in place."""
+    read = {name for node in all_nodes(proto) for name in node.input}
+    read |= {value.name for graph in all_graphs(proto) for value in graph.output}
+    read |= {name for function in proto.functions for name in function.output}
+    for node in all_nodes(proto):
+        if node.op_type == "Dropout" and read.isdisjoint(node.output[1:]):
+            del node.output[1:]
+
+
 def check_inference_mode(proto: onnx.ModelProto, *, where: str) -> None:
     """Refuse BatchNormalization in training mode: its statistics are not those of the file.
+
+    Before opset 14 the mode shows in the number of outputs alone, read or not.
 
     Raises:
         ModelError: naming the node.
@@ -182,6 +197,40 @@ def rename_tensor(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
                     value.name = new
 
 
+def tell_names_apart(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """Rename weights and results whose name a later result uses again.
+
+    ONNX forbids that, but torch's dynamo exporter names the result of ``x.mean()`` like a
+    buffer called ``mean``. Read in order, the newest definition counts; the last keeps the
+    name.
+
+    Returns:
+        The model, a copy if anything changed, and the names that were defined twice.
+    """
+    weights = {t.name for t in proto.graph.initializer}
+    fixed = {v.name for v in proto.graph.input}
+    places: dict[str, list[int]] = {name: [-1] for name in weights - fixed}
+    for position, node in enumerate(proto.graph.node):
+        for name in filter(None, node.output):
+            places.setdefault(name, []).append(position)
+    repeated = tuple(n for n, found in places.items() if len(found) > 1 and n not in fixed)
+    if not repeated:
+        return proto, ()
+    result = onnx.ModelProto()
+    result.CopyFrom(proto)
+    graph = result.graph
+    for name in repeated:
+        for index, (start, end) in enumerate(pairwise(places[name])):
+            new = f"{name}/defined_{index}"
+            for tensor in graph.initializer:
+                if start < 0 and tensor.name == name:
+                    tensor.name = new
+            last = list(graph.node[end].output)
+            rename_tensor(graph.node[max(start, 0) : end + 1], name, new)
+            graph.node[end].output[:] = last
+    return result, repeated
+
+
 def remove_no_ops(graph: onnx.GraphProto) -> None:
     """Remove Identity, inference-mode Dropout and single-input Concat/Sum/Max/Min/Mean.
 
@@ -235,7 +284,7 @@ def _is_no_op(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> bool:
         return True
     if node.op_type in ("Concat", "Sum", "Max", "Min", "Mean"):
         return len(node.input) == 1
-    if node.op_type != "Dropout" or any(node.output[1:]):
+    if node.op_type != "Dropout":
         return False
     if len(node.input) > 2 and node.input[2]:
         mode = constants.get(node.input[2])
@@ -245,7 +294,7 @@ def _is_no_op(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> bool:
                 where=f"node '{node.name or node.output[0]}'",
                 hint="call model.eval() before the export",
             )
-    return True
+    return not any(node.output[1:])
 
 
 def inline_constant_ifs(graph: onnx.GraphProto) -> bool:

@@ -40,6 +40,9 @@ Dim = int | str | None
 
 _MAX_KEPT = 1024
 
+# Their outputs have the type of their first input, which onnx does not infer.
+_LIKE_FIRST_INPUT = frozenset({"GroupNormalization", "MeanVarianceNormalization"})
+
 
 @dataclass(frozen=True)
 class TensorType:
@@ -122,6 +125,10 @@ def infer(proto: onnx.ModelProto) -> dict[str, TensorType]:
             set_shape(value, elem_type, None)
         else:
             value.ClearField("type")
+    for node in bare.graph.node:
+        if node.op_type in _LIKE_FIRST_INPUT:
+            node.op_type = "Relu"
+            del node.attribute[:], node.input[1:]
     inferred = None
     with quiet():
         for strict in (True, False):
