@@ -148,7 +148,7 @@ def generalize_batch(proto: onnx.ModelProto, batch: int) -> onnx.ModelProto:
     probe = fold_at_batch(result, batch)
     done: set[str] = set()
     while True:
-        larger = infer(with_batch(result, graph.input[0].name, batch + 1))
+        larger = _types_at(result, batch + 1)
         if _repeat_constants(graph, larger, batch):
             continue
         if not (ready := _next_constant_shapes(graph, done)):
@@ -161,6 +161,13 @@ def generalize_batch(proto: onnx.ModelProto, batch: int) -> onnx.ModelProto:
             if source and target and grown and len(source) == len(grown) and value.ndim == 1:
                 free_constant(graph, node, index, value, (source, grown, target))
     return resolve_shapes(result)
+
+
+def _types_at(proto: onnx.ModelProto, batch: int) -> Mapping[str, TensorType]:
+    """Return the types of all tensors as far as they hold at another batch size."""
+    if any(node.op_type in ("Shape", "Size") for node in proto.graph.node):
+        return fold_at_batch(proto, batch).types  # shapes may follow from arithmetic
+    return infer(with_batch(proto, proto.graph.input[0].name, batch))
 
 
 def _repeat_constants(

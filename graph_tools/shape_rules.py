@@ -186,15 +186,24 @@ def _resize_sizes(use: Use) -> np.ndarray | _Edit | None:
 def _resize_edit(
     node: onnx.NodeProto, sizes: np.ndarray, source: tuple[int, ...], kept: np.ndarray
 ) -> _Edit | None:
-    """Spell sizes without the batch: as scales where these are exact, else on fewer axes."""
+    """Spell sizes without the batch: as scales if these say the same, else on fewer axes.
+
+    onnxruntime divides sizes to scales itself, in float32. Where axes are named it fails to
+    move a Transpose past the node, as graphs from TensorFlow make it try.
+    """
     given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     policy = given.get("keep_aspect_ratio_policy", b"stretch")
     if "axes" in given or policy != b"stretch" or len(source) != len(sizes):
         return None
-    ratios = sizes / np.array(source)
-    scales = ratios.astype(np.float32)
-    if (scales == ratios).all():
+    lengths = np.array(source, np.float64)
+    scales = (sizes / lengths).astype(np.float32)
+    if (scales * lengths == sizes).all():
         return _Edit(index=2, value=scales)
+    if given.get("mode", b"nearest") != b"nearest":  # which one bit may move by a pixel
+        up = np.nextafter(scales, np.float32(np.inf))
+        scales = np.where(scales * lengths < sizes, up, scales)
+        if (np.floor(scales * lengths.astype(np.float32)) == sizes).all():
+            return _Edit(index=2, value=scales)
     if given.get("coordinate_transformation_mode") == b"tf_crop_and_resize":
         return None
     axes = np.flatnonzero(~kept)

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import numpy_helper, parser
 
 from graph_tools.batchnorm import find_affine_leftovers, find_batch_norms
+from graph_tools.equivalence import largest_difference
 from graph_tools.model import Model
-from tests.exporters.checks import equal_to_file
+from tests.exporters.checks import TOLERANCE, equal_to_file, images_for, session
 
 TO_NCHW, TO_NHWC = "perm=[0,3,1,2]", "perm=[0,2,3,1]"
 
@@ -208,6 +210,37 @@ def test_resize_in_the_mode_that_opset_13_removed(tmp_path: Path, opset: int) ->
     model = equal_to_file(path, batches=(1,))
     text = str(model.proto)
     assert "tf_half_pixel_for_nn" not in text
+
+
+@pytest.mark.parametrize("mode", ["linear", "nearest"])
+def test_resize_to_odd_sizes_between_transposes(tmp_path: Path, mode: str) -> None:
+    """onnxruntime moves Transposes past a Resize, and fails where that names its axes."""
+    path = write(
+        tmp_path,
+        f"""t = Transpose<{TO_NCHW}>(image)
+        a = Conv(t, w)
+        n = Transpose<{TO_NHWC}>(a)
+        b = Sigmoid(n)
+        c = Transpose<{TO_NCHW}>(b)
+        full = Shape(c)
+        head = Slice(full, zero, two)
+        sizes = Concat<axis=0>(head, space)
+        d = Resize<mode="{mode}">(c, none, none, sizes)
+        y = Transpose<{TO_NHWC}>(d)""",
+        w=weight(8, 3, 1, 1),
+        none=np.zeros(0, np.float32),
+        zero=ints(0),
+        two=ints(2),
+        space=ints(24, 37),
+    )
+    model = equal_to_file(path)
+    assert "Shape" not in ops(model)
+    if mode == "linear":  # a nearest pixel may depend on the last bit of the scale
+        optimized = onnxruntime.InferenceSession(model.proto.SerializeToString())
+        images = images_for(model, 2)
+        expected = session(path).run(None, {"image": images})
+        actual = optimized.run(None, {"image": images})
+        assert largest_difference(actual, expected) <= TOLERANCE
 
 
 def test_space_to_batch_of_a_dilated_convolution(tmp_path: Path) -> None:
