@@ -1,13 +1,20 @@
 # make demo   quantize the shipped network without data, prove it, evaluate it, write the report
 # make test   the whole test suite
 # make lint   ruff and mypy
+# make ort    an environment for --engine ort (Linux x86-64, Python 3.11): .venv-ort/bin/zsq
+# make test-ort   the tests that need it
 PYTHON ?= python3
+PYTHON_ORT ?= python3.11
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint benchmarks clean
+VENV_ORT := .venv-ort
+BIN_ORT := $(VENV_ORT)/bin
+INSTALLED_ORT := $(VENV_ORT)/.installed
+
+.PHONY: demo test lint ort test-ort benchmarks clean
 
 demo: $(INSTALLED)
 	rm -rf demo && mkdir demo
@@ -36,5 +43,22 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	touch $@
 
+ort: $(INSTALLED_ORT)
+	@echo "$(BIN_ORT)/zsq generate MODEL -o IMAGES.npz --engine ort"
+
+test-ort: $(INSTALLED_ORT)
+	$(BIN_ORT)/python -m pytest tests/ort
+
+# onnxruntime-training has wheels for this platform and Python up to 3.11 only.
+$(INSTALLED_ORT): pyproject.toml constraints-ort.txt
+	@test "$$(uname -sm)" = "Linux x86_64" || \
+	  { echo "onnxruntime-training exists for Linux on x86-64 only, this is $$(uname -sm)"; exit 2; }
+	@test "$$($(PYTHON_ORT) -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null)" = "3 11" || \
+	  { echo "Python 3.11 is needed: make ort PYTHON_ORT=/path/to/python3.11"; exit 2; }
+	$(PYTHON_ORT) -m venv --clear $(VENV_ORT)
+	$(BIN_ORT)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r constraints-ort.txt
+	$(BIN_ORT)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) $(VENV_ORT) demo build *.egg-info

@@ -61,14 +61,21 @@ class UnsupportedOperatorError(ModelError):
     Args:
         missing: names like ``"Einsum"`` or ``"com.acme:Magic"``.
         where: the file or graph.
+        hint: what to do.
     """
 
-    def __init__(self, missing: tuple[str, ...], *, where: str = "") -> None:
+    def __init__(
+        self,
+        missing: tuple[str, ...],
+        *,
+        where: str = "",
+        hint: str = "export without them, or cut the model before them",
+    ) -> None:
         self.missing = tuple(sorted(set(missing)))
         super().__init__(
             f"unsupported operator(s): {', '.join(self.missing)}",
             where=where,
-            hint="export without them, or cut the model before them",
+            hint=hint,
         )
 
 

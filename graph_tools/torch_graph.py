@@ -19,8 +19,8 @@ from graph_tools.torch_steps import (
     Prepared,
     Step,
     constants_and_steps,
-    needed_nodes,
     prepare_steps,
+    runnable_nodes,
 )
 
 __all__ = ["OLDEST_OPSET", "Hook", "Step", "TorchGraph"]
@@ -62,7 +62,7 @@ class TorchGraph(torch.nn.Module):
             tuple(v.name for v in graph.output) if outputs is None else tuple(outputs)
         )
 
-        nodes = needed_nodes(proto, self.output_names, {*given, *self.input_names})
+        nodes = runnable_nodes(proto, self.output_names, {*given, *self.input_names})
         wanted = {name for node in nodes for name in node.input} | set(self.output_names)
         constants, steps = constants_and_steps(proto, nodes, wanted)
 

@@ -16,6 +16,7 @@ from graph_tools.torch_ops import OPERATORS
 from graph_tools.torch_ops.creation import constant_value
 from graph_tools.torch_ops.dtypes import to_tensor
 from graph_tools.torch_ops.registry import Compute, Node
+from graph_tools.walk import needed_nodes
 from graph_tools.weights import is_outside, values_of
 
 __all__ = [
@@ -23,8 +24,8 @@ __all__ = [
     "Prepared",
     "Step",
     "constants_and_steps",
-    "needed_nodes",
     "prepare_steps",
+    "runnable_nodes",
 ]
 
 OLDEST_OPSET = 13
@@ -103,7 +104,7 @@ def _is_known(node: onnx.NodeProto) -> bool:
     return node.domain in ("", "ai.onnx") and node.op_type in OPERATORS
 
 
-def needed_nodes(
+def runnable_nodes(
     proto: onnx.ModelProto, outputs: Iterable[str], available: set[str]
 ) -> list[onnx.NodeProto]:
     """Return the nodes that the outputs depend on, in an order in which they can run.
@@ -117,40 +118,12 @@ def needed_nodes(
         UnsupportedOperatorError: names all operators that are missing.
         ModelError: an output that is not in the graph, or an old opset.
     """
-    nodes = _ordered_nodes(proto.graph, outputs, available)
+    nodes = needed_nodes(proto.graph, outputs, available)
     missing = tuple(_qualified(node) for node in nodes if not _is_known(node))
     if missing:
         raise UnsupportedOperatorError(missing, where=proto.graph.name)
     _check_versions(nodes, _opset(proto), proto.graph.name)
     return nodes
-
-
-def _ordered_nodes(
-    graph: onnx.GraphProto, outputs: Iterable[str], available: set[str]
-) -> list[onnx.NodeProto]:
-    producers = {name: node for node in graph.node for name in node.output if name}
-    ordered: list[onnx.NodeProto] = []
-    done: set[int] = set()
-    for output in outputs:
-        if output not in producers and output not in available:
-            raise ModelError(f"no tensor {output!r} in the graph", where=graph.name)
-        # Depth first with a stack of its own: deep graphs exceed Python's recursion limit.
-        stack = [producers[output]] if output in producers else []
-        while stack:
-            node = stack[-1]
-            waiting = [
-                producers[name]
-                for name in node.input
-                if name in producers and id(producers[name]) not in done
-            ]
-            if id(node) in done:
-                stack.pop()
-            elif waiting:
-                stack.extend(reversed(waiting))
-            else:
-                done.add(id(node))
-                ordered.append(stack.pop())
-    return ordered
 
 
 def constants_and_steps(

@@ -1,12 +1,14 @@
-"""Iterate over everything nested in an ONNX model: graphs, nodes, tensors, types."""
+"""Walk an ONNX model: graphs, nodes, tensors and types, nested ones included; nodes in order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import onnx
 
-__all__ = ["all_graphs", "all_nodes", "all_tensors", "subgraphs"]
+from graph_tools.errors import ModelError
+
+__all__ = ["all_graphs", "all_nodes", "all_tensors", "needed_nodes", "subgraphs"]
 
 
 def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
@@ -61,3 +63,36 @@ def all_tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto]
             elif attribute.type == onnx.AttributeProto.SPARSE_TENSOR:
                 yield name, attribute.sparse_tensor.values
                 yield name, attribute.sparse_tensor.indices
+
+
+def needed_nodes(
+    graph: onnx.GraphProto, outputs: Iterable[str], available: set[str]
+) -> list[onnx.NodeProto]:
+    """Return the nodes that ``outputs`` depend on, in an order in which they can run.
+
+    Raises:
+        ModelError: an output is neither made by a node nor ``available``.
+    """
+    producers = {name: node for node in graph.node for name in node.output if name}
+    ordered: list[onnx.NodeProto] = []
+    done: set[int] = set()
+    for output in outputs:
+        if output not in producers and output not in available:
+            raise ModelError(f"no tensor {output!r} in the graph", where=graph.name)
+        # Depth first with a stack of its own: deep graphs exceed Python's recursion limit.
+        stack = [producers[output]] if output in producers else []
+        while stack:
+            node = stack[-1]
+            waiting = [
+                producers[name]
+                for name in node.input
+                if name in producers and id(producers[name]) not in done
+            ]
+            if id(node) in done:
+                stack.pop()
+            elif waiting:
+                stack.extend(reversed(waiting))
+            else:
+                done.add(id(node))
+                ordered.append(stack.pop())
+    return ordered

@@ -43,6 +43,9 @@ class GenerateSettings:
     """Seed of everything random."""
     device: str = "cpu"
     """torch device, such as cpu or cuda."""
+    engine: Literal["torch", "ort"] = "torch"
+    """What computes the network and its gradients: torch, or onnxruntime-training, which needs an
+    environment of its own (`make ort`)."""
     learning_rate: float = 0.0
     """RAdam's learning rate, in standardized pixel units; 0 chooses by method and iterations."""
     loss: Literal["code", "paper"] = "code"

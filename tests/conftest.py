@@ -10,10 +10,20 @@ import pytest
 import torch
 
 from graph_tools.model import Model, load
+from graph_tools.ort_session import is_available
 
 torch.set_num_threads(1)  # test processes run side by side
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("ort"):
+            reason = "needs onnxruntime-training, in an environment of its own: make test-ort"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def _folder(path: Path) -> Path:

@@ -30,6 +30,7 @@ SURFACE = {  # what users import; a change here is a change of the public interf
         "replace_proto",
         "save",
     },
+    "graph_tools.ort_graph": {"OrtGraph"},
     "graph_tools.prepare": {"prepare_for_quantization"},
     "graph_tools.qdq": {"dequantized_name", "write_qdq"},
     "graph_tools.quantizer": {"FloatNode", "Plan", "QuantizedConstant", "TensorQuantizer"},

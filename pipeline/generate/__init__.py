@@ -354,7 +354,8 @@ class _Job:
     ) -> Network:
         sites = self.sites if watched is None else watched
         tensors = [*(site.tensor for site in sites if site.tensor != PIXELS), *heads]
-        return Network(self.model, tensors, self.preprocessing, self.device)
+        engine = self.settings.engine
+        return Network(self.model, tensors, self.preprocessing, self.device, engine)
 
     def _prior(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,6 +34,11 @@ class Network:
         tensors: names of the tensors to observe.
         preprocessing: how pixels become the model's input.
         device: where to run.
+        engine: what runs it; see `graph_tools.ort_graph` for ``"ort"``.
+
+    Raises:
+        SettingsError: the engine is not installed, or cannot run on the device.
+        UnsupportedOperatorError: an operator that the engine lacks.
 
     Attributes:
         device: as given.
@@ -46,15 +52,16 @@ class Network:
         tensors: Sequence[str],
         preprocessing: Preprocessing,
         device: torch.device,
+        engine: Literal["torch", "ort"] = "torch",
     ) -> None:
         self.device = device
         self.chunk = model.fixed_batch
         self.layout = model.input.layout
-        self._graph = TorchGraph(model.proto, outputs=list(dict.fromkeys(tensors))).to(device)
-        for buffer in self._graph.buffers():
-            if buffer.dim() == 4:
-                # Convolutions, and the moments of their outputs, run fastest in this format.
-                buffer.data = buffer.contiguous(memory_format=torch.channels_last)
+        outputs = list(dict.fromkeys(tensors))
+        if engine == "ort":
+            self._graph, self._format = _ort_graph(model, outputs, device)
+        else:
+            self._graph, self._format = _torch_graph(model, outputs, device)
         self.rescale(preprocessing, model.input.channels)
 
     def rescale(self, preprocessing: Preprocessing, channels: int) -> None:
@@ -78,7 +85,7 @@ class Network:
         values = torch.addcmul(self._shift, images, self._gain)
         if self.layout == "NHWC":
             return values.permute(0, 2, 3, 1)
-        return values.contiguous(memory_format=torch.channels_last)
+        return values.contiguous(memory_format=self._format)
 
     def observe(self, images: Tensor) -> dict[str, Tensor]:
         """Return the observed tensors, and the images themselves as ``PIXELS``.
@@ -94,6 +101,27 @@ class Network:
         if missing > 0:
             observed = {name: value[: len(images)] for name, value in observed.items()}
         return {**observed, PIXELS: images}
+
+
+_Graph = tuple[Callable[[Tensor], dict[str, Tensor]], torch.memory_format]
+"""An engine's graph, and the memory format that its input is best in."""
+
+
+def _torch_graph(model: Model, outputs: Sequence[str], device: torch.device) -> _Graph:
+    graph = TorchGraph(model.proto, outputs=outputs).to(device)
+    for buffer in graph.buffers():
+        if buffer.dim() == 4:
+            # Convolutions, and the moments of their outputs, run fastest in this format.
+            buffer.data = buffer.contiguous(memory_format=torch.channels_last)
+    return graph, torch.channels_last
+
+
+def _ort_graph(model: Model, outputs: Sequence[str], device: torch.device) -> _Graph:
+    # Here, since torch's users need not pay for it.
+    from graph_tools.ort_graph import OrtGraph
+
+    graph = OrtGraph(model.proto, outputs=outputs).to(device)
+    return graph, torch.contiguous_format
 
 
 def standard_range(preprocessing: Preprocessing, channels: int) -> tuple[Tensor, Tensor]:
