@@ -47,7 +47,7 @@ ort: $(INSTALLED_ORT)
 	@echo "$(BIN_ORT)/zsq generate MODEL -o IMAGES.npz --engine ort"
 
 test-ort: $(INSTALLED_ORT)
-	$(BIN_ORT)/python -m pytest tests/ort
+	$(BIN_ORT)/python -m pytest -m ort tests/ort tests/graph_tools/test_engines.py
 
 # onnxruntime-training has wheels for this platform and Python up to 3.11 only.
 $(INSTALLED_ORT): pyproject.toml constraints-ort.txt

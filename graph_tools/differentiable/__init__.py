@@ -173,6 +173,17 @@ def _inlined(
     """Replace operators by ONNX's definitions of them, which may depend on types."""
     opset = opset_version(proto)
     del proto.graph.value_info[:]
+    for node in proto.graph.node:
+        if (
+            node.op_type in names
+        ):  # the inliner loses attributes that are left to their default
+            given = {attribute.name for attribute in node.attribute}
+            known = onnx.defs.get_schema(node.op_type, opset).attributes
+            node.attribute.extend(
+                entry.default_value
+                for name, entry in known.items()
+                if name not in given and entry.default_value.type
+            )
     outputs = {value.name for value in proto.graph.output}
     for name, kind in types.items():
         if kind.elem_type and name not in outputs:
