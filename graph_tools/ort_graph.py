@@ -115,17 +115,20 @@ class OrtGraph:
             expected = ", ".join(self.input_names)
             raise ModelError(f"the graph has input(s) {expected}, got {len(inputs)} tensor(s)")
         shapes = [tuple(value.shape) for value in inputs]
-        threads = torch.get_num_threads()
-        session = self._sessions.get((*shapes, threads))
-        if session is None:
-            session = OrtSession(self._static(shapes), threads=threads)
-            self._sessions[(*shapes, threads)] = session
         values = dict(zip(self.input_names, inputs, strict=True)) | self._constants
-        if session.outputs:
+        if self._proto.graph.output:
+            session = self._session(shapes)
             contiguous = [value.contiguous() for value in inputs]
             results = _Run.apply(session, *contiguous)  # type: ignore[no-untyped-call]
             values |= dict(zip(session.outputs, results, strict=True))
         return {name: values[name] for name in self.output_names}
+
+    def _session(self, shapes: Sequence[tuple[int, ...]]) -> OrtSession:
+        """Return the session for inputs of these shapes and torch's number of threads."""
+        key = (*shapes, threads := torch.get_num_threads())
+        if key not in self._sessions:
+            self._sessions[key] = OrtSession(self._static(shapes), threads=threads)
+        return self._sessions[key]
 
     def _static(self, shapes: Sequence[tuple[int, ...]]) -> onnx.ModelProto:
         """Return the graph for inputs of these shapes, rewritten to be differentiable."""
@@ -134,7 +137,7 @@ class OrtGraph:
         for value, shape in zip(proto.graph.input, shapes, strict=True):
             set_shape(value, value.type.tensor_type.elem_type, shape)
         if any(node.op_type in _SHAPE_ARITHMETIC for node in proto.graph.node):
-            proto = resolve_shapes(proto, batches=(shapes[0][0],))
+            proto = resolve_shapes(proto, batches=tuple(shapes[0][:1]) or (1,))
         proto = differentiable(proto)
         types = infer(proto)
         for value in proto.graph.output:

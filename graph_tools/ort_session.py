@@ -15,7 +15,8 @@ shared with torch by DLPack:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defin
 
 from graph_tools.differentiable import traced_tensors
 from graph_tools.errors import ModelError
-from graph_tools.quiet import one_line, quiet
+from graph_tools.quiet import quiet
 from graph_tools.shapes import infer
 
 __all__ = ["OrtSession", "is_available"]
@@ -62,15 +63,9 @@ class OrtSession:
         inputs = [value.name for value in proto.graph.input]
         self.wants_gradient = tuple(name in traced for name in inputs)
         self.differentiable = tuple(name in traced for name in self.outputs)
-        try:
-            with quiet():
-                self._open(proto, [name for name in inputs if name in traced], threads)
-        except Exception as error:  # its exceptions share no base class
-            raise ModelError(
-                f"onnxruntime cannot differentiate the graph: {one_line(error)}",
-                where=proto.graph.name,
-                hint="use --engine torch",
-            ) from error
+        self._where = proto.graph.name
+        with quiet(), self._refusals("cannot differentiate the graph"):
+            self._open(proto, [name for name in inputs if name in traced], threads)
 
     def _open(self, proto: onnx.ModelProto, wanted: list[str], threads: int) -> None:
         options = onnxruntime.SessionOptions()
@@ -102,6 +97,18 @@ class OrtSession:
             0,
         )
 
+    @contextmanager
+    def _refusals(self, what: str) -> Iterator[None]:
+        """Turn onnxruntime's exceptions, which share no base class, into one of ours."""
+        try:
+            yield
+        except Exception as error:
+            raise ModelError(
+                f"onnxruntime {what}: {_reason(error)}",
+                where=self._where,
+                hint="use --engine torch",
+            ) from error
+
     def forward(self, inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Any]:
         """Run the forward part.
 
@@ -110,13 +117,17 @@ class OrtSession:
 
         Returns:
             The outputs, and the state that `backward` goes on from.
+
+        Raises:
+            ModelError: onnxruntime fails.
         """
         if not any(self.wants_gradient):
             feeds = zip(self._session.get_inputs(), inputs, strict=True)
             arrays = self._session.run(None, {given.name: x.numpy() for given, x in feeds})
             return [torch.from_numpy(np.asarray(array)) for array in arrays], None
         state, results = ort.PartialGraphExecutionState(), ort.OrtValueVector()
-        self._agent.run_forward(_vector(inputs), results, state, None)
+        with self._refusals("fails in the forward pass"):
+            self._agent.run_forward(_vector(inputs), results, state, None)
         return results.to_dlpacks(from_dlpack), state
 
     def backward(self, gradients: Sequence[torch.Tensor], state: Any) -> list[torch.Tensor]:
@@ -128,11 +139,20 @@ class OrtSession:
 
         Returns:
             One gradient for each input that `wants_gradient`.
+
+        Raises:
+            ModelError: onnxruntime fails.
         """
         results = ort.OrtValueVector()
-        self._agent.run_backward(_vector(gradients), results, state)
+        with self._refusals("fails in the backward pass"):
+            self._agent.run_backward(_vector(gradients), results, state)
         tensors: list[torch.Tensor] = results.to_dlpacks(from_dlpack)
         return tensors
+
+
+def _reason(error: Exception) -> str:
+    """Return the end of a message: it starts with the C++ function that raised it."""
+    return " ".join(str(error).split())[-160:]
 
 
 def _session(content: bytes, options: Any) -> Any:

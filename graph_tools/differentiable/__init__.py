@@ -16,7 +16,7 @@ import onnx
 from onnx import TensorProto, inliner, numpy_helper
 
 from graph_tools.batch import resolve_shapes
-from graph_tools.differentiable import elementwise, reduction, spatial
+from graph_tools.differentiable import arithmetic, movement, reduction, windows
 from graph_tools.differentiable.registry import REWRITES, NoGradientError, Site, Writer
 from graph_tools.errors import UnsupportedOperatorError
 from graph_tools.opset import opset_version
@@ -26,7 +26,7 @@ from graph_tools.shapes import TensorType, infer, set_shape
 
 __all__ = ["WITH_GRADIENT", "differentiable", "traced_tensors"]
 
-_FAMILIES = (elementwise, reduction, spatial)  # importing them fills REWRITES
+_FAMILIES = (arithmetic, movement, reduction, windows)  # importing them fills REWRITES
 
 WITH_GRADIENT = frozenset(
     """
@@ -64,7 +64,7 @@ def differentiable(proto: onnx.ModelProto) -> onnx.ModelProto:
         types = infer(result)
         traced = traced_tensors(result, types)
         changed, refused = _rewrite(result, types, traced)
-        if (names := _functions(result, traced)) - refused:
+        if names := _functions(result, traced):
             result = _inlined(result, names, types)
             changed = True
         if not changed:

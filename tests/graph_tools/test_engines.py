@@ -138,6 +138,13 @@ def test_outputs_without_gradient(engine, proto, x) -> None:
     assert result.shape == (4, 1, 4, 4)
 
 
+def test_outputs_that_need_no_node(engine, proto, weights, x) -> None:
+    results = engine(proto, outputs=["x", "w"])(x)
+    assert results["x"] is x
+    assert torch.equal(results["w"], weights["w"])
+    assert engine(proto, outputs=[])(x) == {}
+
+
 def test_only_what_the_outputs_need_must_be_known(engine, proto) -> None:
     make = onnx.helper.make_node
     magic = make("Magic", ["y"], ["b"], domain="com.acme")

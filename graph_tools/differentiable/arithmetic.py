@@ -180,3 +180,16 @@ def _dropout(site: Site, write: Writer) -> str:
 @rewrite("CastLike")
 def _cast_like(site: Site, write: Writer) -> str:
     return write("Cast", site.name(0), to=site.types[site.name(1)].elem_type)
+
+
+@rewrite("MatMul")
+def _mat_mul(site: Site, write: Writer) -> str | None:
+    """Its gradient takes vectors for matrices."""
+    left, right = site.name(0), site.name(1)
+    if len(site.shape(left)) > 1 and len(site.shape(right)) > 1:
+        return None
+    if len(site.shape(left)) == 1:
+        left = write.reshape(left, (1, -1))
+    if len(site.shape(right)) == 1:
+        right = write.reshape(right, (-1, 1))
+    return write.reshape(write("MatMul", left, right), site.shape(site.node.output[0]))
