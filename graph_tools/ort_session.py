@@ -72,6 +72,9 @@ class OrtSession:
         options.enable_mem_pattern = False
         options.enable_mem_reuse = False
         options.intra_op_num_threads = threads
+        # Two pools of threads take turns here, torch's and this one: one that waits spinning
+        # keeps the other from its cores.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = _FATAL
         if not wanted:
             self._session = _session(proto.SerializeToString(), options)
