@@ -44,7 +44,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 ort: $(INSTALLED_ORT)
-	@echo "$(BIN_ORT)/zsq generate MODEL -o IMAGES.npz --engine ort"
+	@echo "make images with $(BIN_ORT)/zsq generate MODEL -o IMAGES.npz --engine ort"
+	@echo "and quantize with a current onnxruntime: zsq quantize MODEL --images IMAGES.npz"
 
 test-ort: $(INSTALLED_ORT)
 	$(BIN_ORT)/python -m pytest -m ort tests/ort tests/graph_tools/test_engines.py
