@@ -148,11 +148,14 @@ def test_outputs_that_need_no_node(engine, proto, weights, x) -> None:
 def test_only_what_the_outputs_need_must_be_known(engine, proto) -> None:
     make = onnx.helper.make_node
     magic = make("Magic", ["y"], ["b"], domain="com.acme")
-    proto.graph.node.extend([magic, make("Det", ["b"], ["d"])])
+    proto.graph.node.extend([magic, make("StringNormalizer", ["b"], ["d"])])
     assert engine(proto, outputs=["y"]).output_names == ("y",)
     with pytest.raises(UnsupportedOperatorError) as caught:
         engine(proto, outputs=["d"])
-    assert "Det" in caught.value.missing
+    assert {name.split(":")[-1] for name in caught.value.missing} == {
+        "Magic",
+        "StringNormalizer",
+    }
 
 
 def test_nodes_may_be_in_any_order(engine, proto, weights, x) -> None:
