@@ -26,8 +26,9 @@ from graph_tools.opset import OPSET, opset_version
 from graph_tools.ort_session import OrtSession, is_available
 from graph_tools.passes import constants_to_initializers
 from graph_tools.shapes import infer, set_shape
-from graph_tools.walk import needed_nodes
 from graph_tools.torch_ops.dtypes import to_tensor
+from graph_tools.walk import needed_nodes
+from graph_tools.weights import is_outside
 
 __all__ = ["OrtGraph"]
 
@@ -49,7 +50,7 @@ class OrtGraph:
     Raises:
         SettingsError: onnxruntime-training is not installed.
         UnsupportedOperatorError: names all operators that have no gradient.
-        ModelError: an output that is not in the graph, or another opset.
+        ModelError: an output that is not in the graph, another opset, or weights over 1 GiB.
 
     Example:
         >>> graph = OrtGraph(model.proto, outputs=["conv1_out"])  # doctest: +SKIP
@@ -72,6 +73,12 @@ class OrtGraph:
                 f"opset {opset_version(proto)} is not {OPSET}",
                 where=proto.graph.name,
                 hint="load the model first",
+            )
+        if any(is_outside(tensor) for tensor in proto.graph.initializer):
+            raise ModelError(
+                "the gradient builder of onnxruntime-training takes no weights over 1 GiB",
+                where=proto.graph.name,
+                hint="use --engine torch",
             )
         given = {tensor.name for tensor in proto.graph.initializer}
         self.input_names = tuple(v.name for v in proto.graph.input if v.name not in given)

@@ -45,8 +45,13 @@ def test_engines_make_the_same_images(digits_models: Path, tmp_path: Path) -> No
     np.testing.assert_allclose(results["ort losses"], results["torch losses"], rtol=1e-4)
 
 
-def test_engines_stay_close_on_resnet20(shared_models: Path, tmp_path: Path) -> None:
-    """Within 1e-2 on average after 20 steps; the losses hardly differ.
+@pytest.mark.parametrize(
+    ("learning_rate", "largest", "typical"), [(0.25, 1e-2, 1e-3), (1.0, 0.2, 1e-2)]
+)
+def test_engines_stay_close_on_resnet20(
+    shared_models: Path, tmp_path: Path, learning_rate: float, largest: float, typical: float
+) -> None:
+    """Within 1e-2 after 20 steps while steps are small; the losses hardly differ.
 
     The largest difference grows with the learning rate, as it does between two runs of torch on
     inputs that differ by 1e-7: a Relu that switches, and a pixel whose gradient is nearly 0.
@@ -57,10 +62,11 @@ def test_engines_stay_close_on_resnet20(shared_models: Path, tmp_path: Path) -> 
         num_images=16,
         batch_size=16,
         iterations=20,
-        learning_rate=1.0,
+        learning_rate=learning_rate,
     )
     difference = np.abs(results["ort"] - results["torch"])
-    assert np.sqrt(np.square(difference).mean()) < 1e-2
+    assert difference.max() < largest
+    assert np.sqrt(np.square(difference).mean()) < typical
     np.testing.assert_allclose(results["ort losses"], results["torch losses"], rtol=1e-3)
 
 
