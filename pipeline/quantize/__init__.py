@@ -17,6 +17,7 @@ from graph_tools.quantizer import FloatNode, Plan, QuantizedConstant, TensorQuan
 from graph_tools.torch_graph import TorchGraph
 from pipeline.images import ImageSet
 from pipeline.quantize.bias_correction import correct_biases
+from pipeline.quantize.lockstep import Lockstep
 from pipeline.quantize.observe import Histogram, observe
 from pipeline.quantize.placement import Placement, place
 from pipeline.quantize.thresholds import activation_exponent, ceil_log2
@@ -93,21 +94,20 @@ def quantize(
     constants = _constants(placement, tensors, values, settings)
     notes = []
     if settings.bias_correction:
-        corrected, used = correct_biases(
-            graph,
+        lockstep = Lockstep(graph, tensors, constants, batches())
+        corrected = correct_biases(
+            lockstep,
             placement.weighted,
-            tensors,
             constants,
             {
                 site.bias: values[site.bias]
                 for site in placement.weighted.values()
                 if site.bias
             },
-            batches(),
             on_step=None if on_step is None else (lambda i, n: on_step(i, n, {})),
         )
         constants.update(corrected)
-        notes.append(f"biases corrected on {used} images")
+        notes.append(f"biases corrected on {lockstep.num_images} images")
     plan = Plan(
         tensors=tensors,
         constants=constants,

@@ -1,0 +1,145 @@
+"""The float and the quantized network, side by side over the calibration images.
+
+Node by node both compute the same tensors, `Lockstep.exact` and `Lockstep.rounded`; what is
+decided about one layer therefore sees the layers before it as they will be: quantized. Tensors are
+freed after their last reader, and only as many images are taken as fit a memory budget.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from graph_tools.quantizer import QuantizedConstant, TensorQuantizer
+from graph_tools.torch_graph import Step, TorchGraph
+from pipeline.quantize.simulate import fake_quantize
+
+__all__ = ["Batches", "Lockstep"]
+
+logger = logging.getLogger(__name__)
+
+Batches = list[torch.Tensor]
+
+MEMORY_BUDGET = 2 * 2**30
+"""Bytes of live activations, float and quantized; fewer images are used when they need more."""
+
+
+class Lockstep:
+    """Both networks, run to the same node.
+
+    Args:
+        graph: the float network.
+        tensors: quantizers of the activation tensors.
+        constants: integers of weights, biases and operands, by initializer name.
+        batches: the images, [n, ...] each; only as many are read as fit the memory budget.
+
+    Attributes:
+        exact: tensors of the float network that are still needed, one a batch.
+        rounded: the same of the quantized one, behind their quantizers.
+        fixed: float values of the quantized constants, by initializer name; may be replaced.
+        num_images: how many images are used.
+    """
+
+    def __init__(
+        self,
+        graph: TorchGraph,
+        tensors: Mapping[str, TensorQuantizer],
+        constants: Mapping[str, QuantizedConstant],
+        batches: Iterable[torch.Tensor],
+    ) -> None:
+        self.graph, self.tensors = graph, tensors
+        self.fixed = {name: torch.from_numpy(c.values) for name, c in constants.items()}
+        self._waiting = Counter(name for step in graph.steps for name in set(step.inputs))
+        images = _images_within_budget(graph, batches)
+        self.num_images = sum(len(batch) for batch in images)
+        self._num_batches = len(images)
+        name = graph.input_names[0]
+        self.exact: dict[str, Batches] = {name: images}
+        self.rounded: dict[str, Batches] = {name: images}
+        self.quantize([name])
+
+    def run(self, step: Step) -> None:
+        """Compute a node in both networks; the quantizers behind it are `quantize`'s."""
+        self.run_exact(step)
+        self.run_rounded(step)
+
+    def run_exact(self, step: Step) -> None:
+        """Compute a node in the float network."""
+        self._run(step, self.exact, {})
+
+    def run_rounded(self, step: Step) -> None:
+        """Compute a node in the quantized network."""
+        self._run(step, self.rounded, self.fixed)
+
+    def quantize(self, tensors: Iterable[str]) -> None:
+        """Apply the quantizers of ``tensors`` in the quantized network."""
+        for tensor in tensors:
+            if (quantizer := self.tensors.get(tensor)) is not None:
+                self.rounded[tensor] = [
+                    fake_quantize(value, quantizer) for value in self.rounded[tensor]
+                ]
+
+    def forget(self, step: Step) -> None:
+        """Free what nobody needs after ``step``; to be called once for each node."""
+        self._waiting.subtract(set(step.inputs))
+        for tensor in (*step.inputs, *step.outputs):
+            if self._waiting[tensor] <= 0:
+                self.exact.pop(tensor, None)
+                self.rounded.pop(tensor, None)
+
+    def _run(
+        self, step: Step, values: dict[str, Batches], fixed: Mapping[str, torch.Tensor]
+    ) -> None:
+        constants = {tensor: fixed[tensor] for tensor in step.inputs if tensor in fixed}
+        with torch.no_grad():
+            for batch in range(self._num_batches):
+                given = {name: values[name][batch] for name in step.inputs if name in values}
+                outputs = self.graph.run_step(step, {**given, **constants})
+                for tensor, value in zip(step.outputs, outputs, strict=False):
+                    values.setdefault(tensor, []).append(value)
+
+
+def _last_readers(graph: TorchGraph) -> dict[str, int]:
+    """Index of the last step that reads each tensor."""
+    return {tensor: i for i, s in enumerate(graph.steps) for tensor in s.inputs}
+
+def _images_within_budget(graph: TorchGraph, batches: Iterable[torch.Tensor]) -> Batches:
+    """As many batches as keep the live activations within the memory budget."""
+    taken: Batches = []
+    limit, used = 0, 0
+    for batch in batches:
+        if not taken:
+            per_image = 2 * _live_bytes(graph, batch) / len(batch)
+            limit = max(1, int(MEMORY_BUDGET / per_image))
+        if used + len(batch) > limit:
+            batch = batch[: limit - used]
+        if len(batch):
+            taken.append(batch.clone())
+            used += len(batch)
+        if used >= limit:
+            logger.info("%d images are used (memory budget)", used)
+            break
+    return taken
+
+
+def _live_bytes(graph: TorchGraph, batch: torch.Tensor) -> int:
+    """Largest number of bytes alive at one time when the graph runs on ``batch``."""
+    sizes: dict[str, int] = {}
+
+    def measure(name: str, value: torch.Tensor) -> torch.Tensor:
+        sizes[name] = value.numel() * value.element_size()
+        return value
+
+    with torch.no_grad():
+        graph(batch, hook=measure)
+    last_reader = _last_readers(graph)
+    live = {graph.input_names[0]}
+    peak = 0
+    for index, step in enumerate(graph.steps):
+        live.update(step.outputs)
+        peak = max(peak, sum(sizes.get(tensor, 0) for tensor in live))
+        live = {tensor for tensor in live if last_reader.get(tensor, -1) > index}
+    return max(peak, 1)
