@@ -14,7 +14,7 @@ the graph) does not keep a block open.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from graph_tools.torch_graph import Step, TorchGraph
@@ -76,7 +76,7 @@ def find_blocks(
         Blocks that can run one after the other; each node is in exactly one.
     """
     parts = _parts(graph, weighted, apart)
-    cuts = _Cuts(graph, parts, weighted)
+    cuts = _Cuts(graph, parts, weighted, apart)
     groups, first = [], 0
     while first < len(parts):
         last = cuts.end_of_block(first, max_layers)
@@ -93,7 +93,9 @@ def _parts(
     part_of: dict[str, int] = {}
     closed: set[int] = set()
     for step in graph.steps:
-        index = max((part_of[name] for name in step.inputs if name in part_of), default=count - 1)
+        index = max(
+            (part_of[name] for name in step.inputs if name in part_of), default=count - 1
+        )
         if step.name in weighted or step.name in apart or index in {-1, *closed}:
             index, count = count, count + 1
         if step.name in apart:
@@ -103,12 +105,12 @@ def _parts(
     _sink([step for step in graph.steps if step.name not in fixed], graph, part_of, closed)
     parts: list[list[Step]] = [[] for _ in range(count)]
     for step in graph.steps:
-        parts[part_of[step.outputs[0]]].append(step)
+        parts[part_of[_key(step)]].append(step)
     return [part for part in parts if part]
 
 
 def _sink(
-    movable: Sequence[Step], graph: TorchGraph, part_of: dict[str, int], closed: Collection[int]
+    movable: Sequence[Step], graph: TorchGraph, part_of: dict[str, int], closed: Set[int]
 ) -> None:
     """Move nodes to the part that reads them, where fewer tensors then cross between parts.
 
@@ -116,28 +118,38 @@ def _sink(
     block whose input they read: the cut is in front of them.
     """
     readers = _readers(graph.steps)
+    members: dict[int, list[Step]] = {}
+    for step in movable:
+        members.setdefault(part_of[_key(step)], []).append(step)
     for tensor in [name for step in reversed(graph.steps) for name in step.outputs if name]:
         here = part_of[tensor]
         inside, made = [], {tensor}  # what this part computes from the tensor alone
-        for step in movable:
+        for step in members.get(here, ()):
             variables = {name for name in step.inputs if name in part_of}
-            if part_of[step.outputs[0]] == here and variables and variables <= made:
+            if variables and variables <= made:
                 inside.append(step)
                 made.update(filter(None, step.outputs))
         made.discard(tensor)
         uses = {
-            name: [part_of[reader.outputs[0]] for reader in readers.get(name, ())]
+            name: [part_of[_key(reader)] for reader in readers.get(name, ())]
             for name in (tensor, *made)
         }
         passed = [name for name in made if any(part > here for part in uses[name])]
-        stays = tensor in graph.output_names or any(part > here for part in uses[tensor])
-        if made & set(graph.output_names) or len(passed) <= (not stays):
+        crosses = tensor in graph.output_names or any(part > here for part in uses[tensor])
+        if made.intersection(graph.output_names) or len(passed) <= (not crosses):
             continue
         target = min(part for name in passed for part in uses[name] if part > here)
-        others = {id(step) for step in readers[tensor]} - {id(step) for step in inside}
-        tied = any(part_of[s.outputs[0]] == here for s in readers[tensor] if id(s) in others)
-        if not tied and not {here, target} & set(closed):
+        names = {step.name for step in inside}
+        tied = [s for s in readers[tensor] if s.name not in names and part_of[_key(s)] == here]
+        if not tied and closed.isdisjoint((here, target)):
             part_of.update((name, target) for name in made)
+            members[here] = [step for step in members[here] if step.name not in names]
+            members[target] = inside + members.get(target, [])
+
+
+def _key(step: Step) -> str:
+    """The tensor under which a node's part is noted."""
+    return next(name for name in step.outputs if name)
 
 
 def _readers(steps: Iterable[Step]) -> dict[str, list[Step]]:
@@ -152,8 +164,13 @@ class _Cuts:
     """Where the parts of a graph hang together by one tensor only."""
 
     def __init__(
-        self, graph: TorchGraph, parts: Sequence[Sequence[Step]], weighted: Collection[str]
+        self,
+        graph: TorchGraph,
+        parts: Sequence[Sequence[Step]],
+        weighted: Collection[str],
+        apart: Collection[str],
     ) -> None:
+        self.closed = [any(step.name in apart for step in part) for part in parts]
         self.layers = [[step for step in part if step.name in weighted] for part in parts]
         self.shapes = {
             step.name: tuple(graph.constants[step.inputs[1]].shape)
@@ -170,7 +187,7 @@ class _Cuts:
         horizon, count = first, 0
         while horizon < len(self.layers):
             count += len(self.layers[horizon])
-            if count > max_layers:
+            if count > max_layers or self.closed[horizon]:
                 break
             horizon += 1
         for last in range(first, horizon):
