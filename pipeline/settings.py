@@ -101,11 +101,28 @@ class QuantizeSettings:
     """full: every tensor that crosses an operator, input and outputs included."""
     threshold: Literal["mse", "mae", "kl", "no-clipping"] = "mse"
     """Error that the power-of-two threshold search minimizes."""
+    rounding: Literal["nearest", "adaround", "brecq"] = "nearest"
+    """nearest; adaround: learned layer by layer; brecq: learned block by block. Both learn on the
+    images, behind the layers that are quantized already."""
+    rounding_iterations: int = 0
+    """Steps for each layer or block; 0 chooses."""
+    reconstruction: Literal["mse", "fisher"] = "mse"
+    """Error of a layer or block that is minimized: of its outputs, or weighted by how much the
+    network's outputs depend on them."""
+    qdrop: float = 0.5
+    """Share of a block's activations that stay unquantized while its weights are learned."""
+    learn_exponents: bool | None = None
+    """Learn the exponents of the activations behind each block, too; by default with brecq."""
     zero_point: Literal["auto", "zero"] = "auto"
     """auto: signed tensors that several operators read are stored as uint8 around 128, the form
     for which onnxruntime has integer kernels; zero: int8, zero point 0, everywhere."""
     bias_correction: bool = True
     """Correct each layer's bias by its mean error on the quantized prefix."""
+
+    def __post_init__(self) -> None:
+        iterations = self.rounding_iterations
+        _require(iterations >= 0, "rounding_iterations", iterations, "0 or more")
+        _require(0 <= self.qdrop <= 1, "qdrop", self.qdrop, "in 0..1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from graph_tools.blocks import find_blocks, find_layers
 from graph_tools.errors import ModelError
 from graph_tools.integer_tail import IntegerTail, find_integer_tail
 from graph_tools.model import Model, initializers
@@ -19,7 +20,8 @@ from pipeline.images import ImageSet
 from pipeline.quantize.bias_correction import correct_biases
 from pipeline.quantize.lockstep import Lockstep
 from pipeline.quantize.observe import Histogram, observe
-from pipeline.quantize.placement import Placement, place
+from pipeline.quantize.placement import Placement, Weighted, place
+from pipeline.quantize.reconstruction import Reconstruction, reconstruct
 from pipeline.quantize.thresholds import activation_exponent, ceil_log2
 from pipeline.quantize.weights import quantize_bias, quantize_operand, quantize_weight
 from pipeline.settings import QuantizeSettings
@@ -29,6 +31,8 @@ __all__ = ["Quantization", "quantize"]
 logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+OnStep = Callable[[int, int, Mapping[str, float]], None]
 
 _BATCH_BYTES = 16 * 2**20  # of one batch of images
 
@@ -53,7 +57,8 @@ def quantize(
     images: ImageSet,
     settings: QuantizeSettings,
     *,
-    on_step: Callable[[int, int, Mapping[str, float]], None] | None = None,
+    seed: int = 0,
+    on_step: OnStep | None = None,
 ) -> Quantization:
     """Choose all quantizers of ``model`` from ``images``.
 
@@ -63,7 +68,8 @@ def quantize(
     Args:
         model: a network prepared for quantization.
         images: calibration images in the model's own layout and normalization.
-        settings: bits, scheme, threshold error, corrections.
+        settings: bits, scheme, threshold error, rounding, corrections.
+        seed: of the images drawn while roundings are learned.
         on_step: progress as (done, total, terms).
 
     Raises:
@@ -93,6 +99,15 @@ def quantize(
     values = initializers(model.proto)
     constants = _constants(placement, tensors, values, settings)
     notes = []
+    if settings.rounding != "nearest":
+        lockstep = Lockstep(graph, tensors, constants, batches())
+        constants.update(_learn(lockstep, placement, constants, settings, seed, on_step))
+        absorbed = _absorb_activations(placement, tensors)
+        constants.update(_biases(placement, tensors, constants, values))
+        notes.append(
+            f"roundings learned on {lockstep.num_images} images ({settings.rounding})"
+        )
+        on_step = None  # what is left is quick
     if settings.bias_correction:
         lockstep = Lockstep(graph, tensors, constants, batches())
         corrected = correct_biases(
@@ -186,11 +201,46 @@ def _absorb_activations(
         quantizer = tensors[after]
         low, high = placement.clip_bounds.get(node, (0.0, np.inf))
         scale = float(quantizer.scale)
+        tensors.pop(before, None)
         if quantizer.qmin * scale >= low and quantizer.qmax * scale <= high:
             absorbed[node] = after
         else:
             tensors[before] = quantizer
     return absorbed
+
+
+def _learn(
+    lockstep: Lockstep,
+    placement: Placement,
+    constants: Mapping[str, QuantizedConstant],
+    settings: QuantizeSettings,
+    seed: int,
+    on_step: OnStep | None,
+) -> dict[str, QuantizedConstant]:
+    """Weights with learned roundings; learned exponents replace those of the lockstep."""
+    layerwise = settings.rounding == "adaround"
+    find = find_layers if layerwise else find_blocks
+    learn_exponents = settings.learn_exponents
+    how = Reconstruction(
+        iterations=settings.rounding_iterations or 400,
+        exponents=not layerwise if learn_exponents is None else learn_exponents,
+        drop=settings.qdrop,
+        fisher=settings.reconstruction == "fisher",
+    )
+    return reconstruct(
+        lockstep,
+        find(
+            lockstep.graph,
+            placement.weighted,
+            apart={node.node for node in placement.float_nodes},
+        ),
+        placement.weighted,
+        constants,
+        {**placement.shares, **dict(placement.activations.values())},
+        how,
+        torch.Generator().manual_seed(seed),
+        on_step=on_step,
+    )
 
 
 def _midpoint(
@@ -218,22 +268,41 @@ def _constants(
 ) -> dict[str, QuantizedConstant]:
     constants = {}
     for site in placement.weighted.values():
-        exponent = tensors[site.input].exponent
-        assert isinstance(exponent, int)
-        bias = values[site.bias] if site.bias else None
-        weight = quantize_weight(
+        constants[site.weight] = quantize_weight(
             site,
             values[site.weight],
-            bias,
-            exponent,
+            values[site.bias] if site.bias else None,
+            _input_exponent(site, tensors),
             bits=settings.weights,
             metric=settings.threshold,
         )
-        constants[site.weight] = weight
-        if bias is not None:
-            constants[site.bias] = quantize_bias(site, bias, exponent, weight)
+    constants.update(_biases(placement, tensors, constants, values))
     for name, node in placement.operands.items():
         constants[name] = quantize_operand(
             node, values[name], bits=min(settings.activations, 8)
         )
     return constants
+
+
+def _biases(
+    placement: Placement,
+    tensors: Mapping[str, TensorQuantizer],
+    constants: Mapping[str, QuantizedConstant],
+    values: Mapping[str, Array],
+) -> dict[str, QuantizedConstant]:
+    return {
+        site.bias: quantize_bias(
+            site,
+            values[site.bias],
+            _input_exponent(site, tensors),
+            constants[site.weight],
+        )
+        for site in placement.weighted.values()
+        if site.bias
+    }
+
+
+def _input_exponent(site: Weighted, tensors: Mapping[str, TensorQuantizer]) -> int:
+    exponent = tensors[site.input].exponent
+    assert isinstance(exponent, int)
+    return exponent

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 
 import torch
 
@@ -39,19 +39,22 @@ class Lockstep:
     Attributes:
         exact: tensors of the float network that are still needed, one a batch.
         rounded: the same of the quantized one, behind their quantizers.
-        fixed: float values of the quantized constants, by initializer name; may be replaced.
+        tensors: as given; may be replaced one by one.
+        fixed: float values of the quantized constants, by initializer name; likewise.
+        pending: nodes that the float network has not computed yet, in order.
         num_images: how many images are used.
     """
 
     def __init__(
         self,
         graph: TorchGraph,
-        tensors: Mapping[str, TensorQuantizer],
+        tensors: MutableMapping[str, TensorQuantizer],
         constants: Mapping[str, QuantizedConstant],
         batches: Iterable[torch.Tensor],
     ) -> None:
         self.graph, self.tensors = graph, tensors
         self.fixed = {name: torch.from_numpy(c.values) for name, c in constants.items()}
+        self.pending = list(graph.steps)
         self._waiting = Counter(name for step in graph.steps for name in set(step.inputs))
         images = _images_within_budget(graph, batches)
         self.num_images = sum(len(batch) for batch in images)
@@ -69,6 +72,7 @@ class Lockstep:
     def run_exact(self, step: Step) -> None:
         """Compute a node in the float network."""
         self._run(step, self.exact, {})
+        self.pending.remove(step)
 
     def run_rounded(self, step: Step) -> None:
         """Compute a node in the quantized network."""
@@ -105,6 +109,7 @@ class Lockstep:
 def _last_readers(graph: TorchGraph) -> dict[str, int]:
     """Index of the last step that reads each tensor."""
     return {tensor: i for i, s in enumerate(graph.steps) for tensor in s.inputs}
+
 
 def _images_within_budget(graph: TorchGraph, batches: Iterable[torch.Tensor]) -> Batches:
     """As many batches as keep the live activations within the memory budget."""

@@ -175,7 +175,7 @@ def test_a_pyramid_keeps_the_blocks_of_its_backbone():
         heads.append(n.conv(top, 2, 4, kernel=1))
     found = layers_of(find_blocks(n.graph(*heads), n.convs, max_layers=4))
     assert found[:7] == [[0], [1, 2], [3], [4, 5], [6], [7, 8], [9]]
-    assert sorted(sum(found, [])) == list(range(len(n.convs)))
+    assert sorted(layer for layers in found for layer in layers) == list(range(len(n.convs)))
 
 
 def test_far_joins_fall_back_to_layers():

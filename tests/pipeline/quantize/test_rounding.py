@@ -1,0 +1,252 @@
+"""Learned roundings and exponents, against brute force, closed forms and the plain quantizer."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from graph_tools.blocks import find_blocks
+from graph_tools.model import initializers, load
+from graph_tools.prepare import prepare_for_quantization
+from graph_tools.qdq import write_qdq
+from graph_tools.quantizer import QuantizedConstant, TensorQuantizer
+from graph_tools.torch_graph import TorchGraph
+from pipeline.images import ImageWriter, open_images
+from pipeline.quantize import quantize
+from pipeline.quantize.fisher import output_sensitivity
+from pipeline.quantize.lockstep import Lockstep
+from pipeline.quantize.simulate import fake_quantize
+from pipeline.quantize.soft_quantizer import SoftQuantizer
+from pipeline.quantize.soft_rounding import SoftRounding
+from pipeline.settings import QuantizeSettings
+
+RNG = np.random.default_rng(0)
+RESIDUAL = (
+    "g (float[N,3,8,8] x) => (float[N,5] y) {"
+    " c = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(c)"
+    " d = Conv<pads=[1,1,1,1]>(r, w2, b) e = Relu(d) f = Conv<pads=[1,1,1,1]>(e, w3, b)"
+    " a = Add(f, r) s = Relu(a) p = GlobalAveragePool(s) l = Flatten(p)"
+    " y = Gemm<transB=1>(l, fc, fb) }"
+)
+
+
+def normal(*shape, scale=1.0):
+    return (scale * RNG.normal(size=shape)).astype(np.float32)
+
+
+ARRAYS = {
+    "w": normal(8, 3, 3, 3, scale=0.3),
+    "b": normal(8, scale=0.1),
+    "w2": normal(8, 8, 3, 3, scale=0.2),
+    "w3": normal(8, 8, 3, 3, scale=0.2),
+    "fc": normal(5, 8),
+    "fb": normal(5),
+}
+
+
+def image_set(tmp_path, values):
+    with ImageWriter(tmp_path / "i.npz", count=len(values), shape=values.shape[1:]) as writer:
+        writer.append(values)
+    return open_images(tmp_path / "i.npz")
+
+
+@pytest.fixture
+def residual(make_model):
+    return prepare_for_quantization(make_model(RESIDUAL, **ARRAYS))
+
+
+@pytest.fixture
+def images(tmp_path):
+    return image_set(tmp_path, normal(64, 3, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def digits(digits_models):
+    return prepare_for_quantization(load(digits_models / "digits_resnet.onnx"))
+
+
+@pytest.fixture
+def digit_images(tmp_path):
+    pixels = load_digits().images.astype(np.float32)[:, None] / 8 - 1
+    return image_set(tmp_path, pixels[:128]), pixels[1000:1200]
+
+
+def constant(weight, bits, exponent):
+    quantizer = TensorQuantizer(
+        bits=bits, signed=True, exponent=(exponent,) * len(weight), axis=0
+    )
+    return QuantizedConstant(
+        integers=quantizer.quantize(weight), quantizer=quantizer, role="weight", node="n"
+    )
+
+
+def test_soft_weight_begins_as_the_float_weight_and_hard_as_the_nearest():
+    weight = normal(6, 4, 3, 3, scale=0.4)
+    soft = SoftRounding(torch.from_numpy(weight), constant(weight, 4, -3))
+    within = np.clip(weight, -1.0, 7 / 8)  # the range of 4 bits at 2**-3
+    np.testing.assert_allclose(soft.weight().detach().numpy(), within, atol=1e-6)
+    assert np.array_equal(soft.hard().integers, constant(weight, 4, -3).integers)
+
+
+def test_regularizer_is_zero_only_where_all_is_decided():
+    weight = normal(3, 2)
+    soft = SoftRounding(torch.from_numpy(weight), constant(weight, 4, -2))
+    assert float(soft.regularizer(2.0).detach()) > 0.1
+    with torch.no_grad():
+        soft.logits.copy_(torch.where(soft.logits > 0, 10.0, -10.0))
+    assert float(soft.regularizer(2.0).detach()) == 0.0
+    assert torch.equal(soft.weight().detach(), torch.from_numpy(soft.hard().values))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_soft_quantizer_is_the_quantizer_with_the_published_gradients(signed):
+    quantizer = TensorQuantizer(bits=4, signed=signed, exponent=-2)
+    soft = SoftQuantizer(quantizer)
+    soft.exponent.requires_grad_()
+    value = torch.from_numpy(normal(200, scale=2.0)).requires_grad_()
+    generator = torch.Generator()
+    result = soft(value, 0.0, generator)
+    assert torch.equal(result, fake_quantize(value.detach(), quantizer))
+    result.sum().backward()
+    scaled = value.detach() / 0.25
+    low, high = quantizer.qmin, quantizer.qmax
+    inside = (scaled >= low) & (scaled <= high)
+    assert torch.equal(value.grad, inside.float())
+    # d/de of s * q(v / s), s = 2**e: s * ln 2 times (round(v/s) - v/s), or the limit if clipped
+    slope = torch.where(inside, scaled.round() - scaled, scaled.clamp(low, high))
+    expected = 0.25 * math.log(2) * float(slope.double().sum())
+    assert float(soft.exponent.grad) == pytest.approx(expected, rel=1e-4)
+    kept = soft(value, 1.0, generator)
+    assert torch.equal(kept, value)
+
+
+def test_adaround_finds_roundings_as_good_as_brute_force(make_model, tmp_path):
+    """One neuron of ten weights on correlated inputs: 1024 ways to round it."""
+    weight = normal(1, 10, scale=0.35)
+    model = prepare_for_quantization(
+        make_model(
+            "g (float[N,10,1,1] x) => (float[N,1] y) {"
+            " f = Flatten(x) y = Gemm<transB=1>(f, w, b) }",
+            w=weight,
+            b=np.zeros(1, np.float32),
+        )
+    )
+    mixing = normal(10, 10)
+    values = (normal(256, 10) @ mixing).astype(np.float32)
+    images = image_set(tmp_path, values.reshape(256, 10, 1, 1))
+    plans = {
+        rounding: quantize(
+            model,
+            images,
+            QuantizeSettings(
+                weights=3, activations=16, rounding=rounding, bias_correction=False
+            ),
+        ).plan
+        for rounding in ("nearest", "adaround")
+    }
+    name = next(n for n, c in plans["nearest"].constants.items() if c.role == "weight")
+    quantizer = plans["nearest"].constants[name].quantizer
+    scale = float(quantizer.scale[0])
+    exact = initializers(model.proto)[name].reshape(10).astype(np.float64)
+    floor = np.floor(exact / scale)
+
+    def error(integers):
+        return float(np.square(values @ (integers * scale - exact)).mean())
+
+    ways = [
+        np.clip(floor + up, quantizer.qmin, quantizer.qmax)
+        for up in itertools.product((0, 1), repeat=10)
+    ]
+    errors = sorted(error(way) for way in ways)
+    nearest, learned = (
+        error(plans[r].constants[name].integers.reshape(10)) for r in ("nearest", "adaround")
+    )
+    assert nearest > 2 * errors[0]  # there is something to gain
+    assert learned <= errors[10]  # within the best percent
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rounding": "adaround"},
+        {"rounding": "brecq"},
+        {"rounding": "brecq", "reconstruction": "fisher"},
+        {"rounding": "brecq", "learn_exponents": False, "qdrop": 0.0},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_learned_roundings_are_more_faithful_than_the_nearest(
+    digits, digit_images, run_onnx, options
+):
+    calibration, held_out = digit_images
+    exact = run_onnx(digits.proto, held_out)[0]
+    errors = []
+    for chosen in ({}, options):
+        settings = QuantizeSettings(weights=3, rounding_iterations=100, **chosen)
+        plan = quantize(digits, calibration, settings).plan
+        (found,) = run_onnx(write_qdq(digits, plan), held_out)
+        errors.append(np.square(found - exact).mean())
+    assert errors[1] < 0.75 * errors[0]
+
+
+def test_learned_exponents_beat_those_of_the_histograms_at_few_bits(
+    residual, images, run_onnx
+):
+    exact = run_onnx(residual.proto, images.load())[0]
+    errors = []
+    for learn in (False, True):
+        settings = QuantizeSettings(
+            weights=4,
+            activations=4,
+            rounding="brecq",
+            learn_exponents=learn,
+            threshold="no-clipping",
+        )
+        plan = quantize(residual, images, settings).plan
+        (found,) = run_onnx(write_qdq(residual, plan), images.load())
+        errors.append(np.square(found - exact).mean())
+    assert errors[1] < errors[0]
+
+
+def test_same_seed_same_integers(residual, images):
+    settings = QuantizeSettings(weights=4, rounding="brecq", rounding_iterations=20)
+    plans = [quantize(residual, images, settings, seed=seed).plan for seed in (1, 1, 2)]
+    same = [
+        all(
+            np.array_equal(c.integers, plan.constants[n].integers)
+            for n, c in plans[0].constants.items()
+        )
+        for plan in plans
+    ]
+    assert same == [True, True, False]
+
+
+def test_sensitivity_is_the_diagonal_of_the_fisher_information(make_model):
+    """Of a softmax classifier: W^T (diag(p) - p p^T) W, by drawing many labels."""
+    weight = normal(4, 6)
+    model = prepare_for_quantization(
+        make_model(
+            "g (float[N,6,1,1] x) => (float[N,4] y) {"
+            " r = Relu(x) f = Flatten(r) y = Gemm<transB=1>(f, w, b) }",
+            w=weight,
+            b=normal(4),
+        )
+    )
+    graph = TorchGraph(model.proto)
+    image = torch.from_numpy(np.abs(normal(1, 6, 1, 1)))
+    copies = image.expand(4000, -1, -1, -1)
+    lockstep = Lockstep(graph, {}, {}, [copies])
+    blocks = find_blocks(graph, [s.name for s in graph.steps if s.op_type == "Gemm"])
+    first = graph.steps[0]
+    lockstep.run_exact(first)
+    found = output_sensitivity(lockstep, first.outputs, torch.Generator().manual_seed(0))
+    p = graph(image)["y"].softmax(dim=1).double().numpy()[0]
+    expected = np.diag(weight.T @ (np.diag(p) - np.outer(p, p)) @ weight)
+    mean = found[first.outputs[0]].double().mean(dim=0).numpy().reshape(6)
+    np.testing.assert_allclose(mean, expected / expected.mean(), rtol=0.1)
+    assert len(blocks) == 2
