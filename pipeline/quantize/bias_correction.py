@@ -58,12 +58,11 @@ def correct_biases(
                 int(lockstep.tensors[site.input].exponent),  # type: ignore[arg-type]
                 constants[site.weight],
             )
-            corrected[site.bias] = bias
-            before = lockstep.fixed[site.bias]
-            lockstep.fixed[site.bias] = torch.from_numpy(bias.values)
+            change = torch.from_numpy(bias.values - lockstep.constants[site.bias].values)
+            corrected[site.bias] = lockstep.constants[site.bias] = bias
             shape = [1] * exact[0].ndim
             shape[site.channel_axis] = -1
-            change = (lockstep.fixed[site.bias] - before).reshape(shape)
+            change = change.reshape(shape)
             lockstep.rounded[site.output] = [y + change for y in rounded]
         lockstep.quantize(step.outputs)
         lockstep.forget(step)

@@ -40,7 +40,7 @@ class Lockstep:
         exact: tensors of the float network that are still needed, one a batch.
         rounded: the same of the quantized one, behind their quantizers.
         tensors: as given; may be replaced one by one.
-        fixed: float values of the quantized constants, by initializer name; likewise.
+        constants: likewise.
         pending: nodes that the float network has not computed yet, in order.
         num_images: how many images are used.
     """
@@ -53,7 +53,7 @@ class Lockstep:
         batches: Iterable[torch.Tensor],
     ) -> None:
         self.graph, self.tensors = graph, tensors
-        self.fixed = {name: torch.from_numpy(c.values) for name, c in constants.items()}
+        self.constants = dict(constants)
         self.pending = list(graph.steps)
         self._waiting = Counter(name for step in graph.steps for name in set(step.inputs))
         images = _images_within_budget(graph, batches)
@@ -76,7 +76,12 @@ class Lockstep:
 
     def run_rounded(self, step: Step) -> None:
         """Compute a node in the quantized network."""
-        self._run(step, self.rounded, self.fixed)
+        self._run(step, self.rounded, self.values(step.inputs))
+
+    def values(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Float values of those of ``names`` that are quantized constants."""
+        known = [name for name in names if name in self.constants]
+        return {name: torch.from_numpy(self.constants[name].values) for name in known}
 
     def quantize(self, tensors: Iterable[str]) -> None:
         """Apply the quantizers of ``tensors`` in the quantized network."""
@@ -95,9 +100,8 @@ class Lockstep:
                 self.rounded.pop(tensor, None)
 
     def _run(
-        self, step: Step, values: dict[str, Batches], fixed: Mapping[str, torch.Tensor]
+        self, step: Step, values: dict[str, Batches], constants: Mapping[str, torch.Tensor]
     ) -> None:
-        constants = {tensor: fixed[tensor] for tensor in step.inputs if tensor in fixed}
         with torch.no_grad():
             for batch in range(self._num_batches):
                 given = {name: values[name][batch] for name in step.inputs if name in values}

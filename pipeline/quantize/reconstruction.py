@@ -126,7 +126,8 @@ class _Task:
     ) -> None:
         self.graph: TorchGraph = lockstep.graph
         self.quantizers: MutableMapping[str, TensorQuantizer] = lockstep.tensors
-        self.fixed: MutableMapping[str, torch.Tensor] = lockstep.fixed
+        self.constants = lockstep.constants
+        self.fixed = lockstep.values(name for step in block.steps for name in step.inputs)
         self.block, self.inputs, self.targets = block, inputs, targets
         self.sensitivity, self.how, self.generator = sensitivity, how, generator
         self.count = len(next(iter(targets.values())))
@@ -165,8 +166,8 @@ class _Task:
             torch.autograd.backward(loss)
             optimizer.step()
         found = {name: item.hard() for name, item in soft.items()}
-        for name, constant in found.items():
-            self.fixed[name] = torch.from_numpy(constant.values)
+        self.constants.update(found)
+        self.fixed.update((name, torch.from_numpy(c.values)) for name, c in found.items())
         return found, {"error": self._mean_error(inner) / nearest}
 
     def learn_exponents(self, linked: Mapping[str, str]) -> None:
