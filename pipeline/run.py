@@ -148,6 +148,7 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
                 network,
                 images,
                 job.quantization,
+                seed=job.generation.seed,
                 on_step=lambda done, total, terms: progress("quantize", done, total, terms),
             )
         with clock("write"):
