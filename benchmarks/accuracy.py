@@ -1,4 +1,4 @@
-"""Top-1 of W8A8 power-of-two files by calibration images: generated, noise, real.
+"""Top-1 of power-of-two files by calibration images: generated, noise, real.
 
 Noise comes in two kinds: ``noise`` is the tool's own (pixels around middle gray, in the model's
 input range), ``normal`` is N(0, 1) in the model's input units, which flatters noise where the
@@ -7,15 +7,18 @@ input is normalized to about that.
 Run from the repository root; the real networks and images are expected in ../shared:
 
     python benchmarks/accuracy.py --networks cifar10_resnet20 --seeds 0 1 2
+    python benchmarks/accuracy.py --networks cifar10_resnet20 --weights 4 --rounding adaround
 
-Prints a markdown table and writes benchmarks/results/accuracy.json, one row a cell; cells that the
-file holds already are not run again (--fresh runs all).
+Prints a markdown table and writes benchmarks/results/accuracy.json, one row a cell, or for another
+scheme a file named after it, such as accuracy_w4a8_adaround.json; cells that the file holds already
+are not run again (--fresh runs all). With --keep-images DIR images are made once for all schemes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -84,6 +87,10 @@ def run_cell(name: str, images: str, seed: int, args: argparse.Namespace) -> dic
     model = SHARED / "models" / f"{name}.onnx"
     test = open_dataset(SHARED / "data" / case.test)
     given = Preprocessing(mean=tuple(map(float, case.mean)), std=tuple(map(float, case.std)))
+    kept = None
+    if args.keep_images is not None and images in ("dgh", "noise"):
+        args.keep_images.mkdir(parents=True, exist_ok=True)
+        kept = args.keep_images / f"{name}.{images}.{seed}.npz"
     start = time.perf_counter()
     if images == "float":
         accuracy = evaluate_classification([model], test, given)[0]
@@ -95,6 +102,8 @@ def run_cell(name: str, images: str, seed: int, args: argparse.Namespace) -> dic
             data=SHARED / "data" / case.calibration if images == "real" else None,
             images=normal_noise(model, Path(folder), case.num_images, seed)
             if images == "normal"
+            else kept
+            if kept is not None and kept.exists()
             else None,
             input=InputSettings()
             if args.guess
@@ -108,12 +117,16 @@ def run_cell(name: str, images: str, seed: int, args: argparse.Namespace) -> dic
             quantization=QuantizeSettings(
                 weights=args.weights,
                 activations=args.activations,
+                rounding=args.rounding,
+                rounding_iterations=args.rounding_iterations,
                 bias_correction=not args.no_bias_correction,
             ),
             verification=VerifySettings(max_images=args.verify_images),
         )
         result = quantize_file(job)
         seconds = time.perf_counter() - start
+        if kept is not None and not kept.exists():
+            shutil.copyfile(result.folder / "images.npz", kept)
         accuracy = evaluate_classification([job.output], test, given)[0]
     return {
         "top1": accuracy.top1,
@@ -164,13 +177,19 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=0)
     parser.add_argument("--weights", type=int, default=8)
     parser.add_argument("--activations", type=int, default=8)
+    parser.add_argument("--rounding", default="nearest")
+    parser.add_argument("--rounding-iterations", type=int, default=0)
+    parser.add_argument("--keep-images", type=Path, help="folder")
     parser.add_argument("--no-bias-correction", action="store_true")
     parser.add_argument("--guess", action="store_true", help="do not give mean and std")
     parser.add_argument("--verify-images", type=int, default=64)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--fresh", action="store_true")
-    parser.add_argument("--output", type=Path, default=RESULTS / "accuracy.json")
+    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    if args.output is None:
+        scheme = f"_w{args.weights}a{args.activations}_{args.rounding}"
+        args.output = RESULTS / f"accuracy{scheme if scheme != '_w8a8_nearest' else ''}.json"
     if args.threads:
         torch.set_num_threads(args.threads)
     args.output.parent.mkdir(parents=True, exist_ok=True)

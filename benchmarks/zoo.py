@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -151,6 +152,7 @@ def measure(path: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]
 
 def zoo_files(folder: Path) -> Iterator[Path]:
     """Export the zoo: each network kept and folded by TorchScript, some by dynamo."""
+    sys.path.insert(0, str(ROOT))  # the tests are not installed
     from tests.exporters.export import Export, export
     from tests.exporters.networks import ZOO
 

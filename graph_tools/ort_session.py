@@ -15,6 +15,7 @@ shared with torch by DLPack:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -154,8 +155,9 @@ class OrtSession:
 
 
 def _reason(error: Exception) -> str:
-    """Return the end of a message: it starts with the C++ function that raised it."""
-    return " ".join(str(error).split())[-160:]
+    """Return what a message says behind the C++ function and the code that it starts with."""
+    text = " ".join(str(error).split())
+    return re.split(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", text)[-1][-160:]
 
 
 def _session(content: bytes, options: Any) -> Any:

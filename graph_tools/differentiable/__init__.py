@@ -83,6 +83,7 @@ def differentiable(proto: onnx.ModelProto) -> onnx.ModelProto:
             hint=_HINT,
         )
     _enter_once(result.graph)
+    _keep_apart(result.graph)
     name_nodes(result.graph)
     return result
 
@@ -100,6 +101,22 @@ def _enter_once(graph: onnx.GraphProto) -> None:
     for position, name in enumerate(names):
         entry = onnx.helper.make_node("Identity", [name], [rename[name]])
         graph.node.insert(position, entry)
+
+
+def _keep_apart(graph: onnx.GraphProto) -> None:
+    """Divide by square roots in two nodes, so that no written-out normalization is recognized.
+
+    The gradient builder would fuse it, and name the gradient of its scale twice where the scales
+    of two of them are equal.
+    """
+    roots = {node.output[0] for node in graph.node if node.op_type == "Sqrt"}
+    for position in reversed(range(len(graph.node))):
+        node = graph.node[position]
+        if node.op_type == "Div" and node.input[1] in roots:
+            inverse = f"{node.output[0]}/inverse"
+            entry = onnx.helper.make_node("Reciprocal", [node.input[1]], [inverse], inverse)
+            node.op_type, node.input[1] = "Mul", inverse
+            graph.node.insert(position, entry)
 
 
 def traced_tensors(proto: onnx.ModelProto, types: Mapping[str, TensorType]) -> frozenset[str]:

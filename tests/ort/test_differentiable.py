@@ -57,6 +57,21 @@ CASES |= {
     "leaky_relu_negative": ("y = LeakyRelu <alpha = -0.5> (x)", {}),
     "softmax_channels": ("y = Softmax <axis = 1> (x)", {}),
     "prelu": ("y = PRelu (x, s)", {"s": _floats(4, 1, 1)}),
+    "shared_scale_of_written_out_norms": (
+        "a = ReduceMean (x, last)\n d = Sub (x, a)\n q = Pow (d, two)\n"
+        " v = ReduceMean (q, last)\n e = Add (v, eps)\n s = Sqrt (e)\n n = Div (d, s)\n"
+        " m = Mul (n, g)\n z = Add (m, h)\n"
+        " a2 = ReduceMean (z, last)\n d2 = Sub (z, a2)\n q2 = Pow (d2, two)\n"
+        " v2 = ReduceMean (q2, last)\n e2 = Add (v2, eps)\n s2 = Sqrt (e2)\n"
+        " n2 = Div (d2, s2)\n m2 = Mul (n2, g)\n y = Add (m2, h)",
+        {
+            "two": _number(2),
+            "eps": _number(1e-5),
+            "g": _floats(6),
+            "h": _floats(6),
+            "last": _ints(3),
+        },
+    ),
     "clip": ("y = Clip (x, a, b)", {"a": _number(0), "b": _number(0.5)}),
     "clip_above": ("y = Clip (x, , b)", {"b": _number(0.5)}),
     "clip_computed": ("m = ReduceMean <keepdims = 0> (x)\n y = Clip (x, m)", {}),
