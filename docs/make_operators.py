@@ -122,7 +122,8 @@ below) {vision} pass, of all {_share(results)}.
 Made by `python -m docs.make_operators` from the backend tests that ship with onnx
 {onnx.__version__}; do not edit. Every node test for float tensors in a static graph was run
 through `graph_tools.torch_graph.TorchGraph`, twice: with all inputs fed, and with all but the
-first as constants. Types and shapes must be equal, values within the test's own tolerance.
+first as constants. Types and shapes must be equal, values within the test's own tolerance
+(and, where products are summed up, two rounding steps of the type: the order is the processor's).
 
 *Float*: some input or output of the test is float16, bfloat16, float32 or float64. *Static*:
 inputs and outputs are tensors of numbers, and no node has a subgraph, works on sequences or

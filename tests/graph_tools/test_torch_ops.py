@@ -34,7 +34,7 @@ from graph_tools.torch_ops.dtypes import to_tensor, torch_type
 CASES = {
     name: case for name, case in node_cases().items() if not missing_operators(case.model)
 }
-EXCLUDED_COUNTS = (43, 14, 4, 2, 8, 5, 12, 2)
+EXCLUDED_COUNTS = (43, 14, 4, 2, 8, 5)
 
 REQUIRED = set(
     """
