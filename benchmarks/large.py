@@ -176,19 +176,22 @@ def measure_stages(path: Path) -> dict[str, Any]:
 
 
 def measure_load(path: Path) -> dict[str, Any]:
-    """Load one network."""
+    """Load one network, then run it in torch, forward and back to one image."""
     import onnx_graphsurgeon  # noqa: F401
     import onnxruntime  # noqa: F401
+    import torch
 
     from graph_tools.model import load
+    from graph_tools.torch_graph import TorchGraph
 
     before, start = peak_bytes(), time.process_time()
-    load(path)
-    return {
-        "seconds": round(time.process_time() - start, 2),
-        "before": before,
-        "peak": peak_bytes(),
-    }
+    model = load(path)
+    seconds = round(time.process_time() - start, 2)
+    image = torch.zeros(1, *model.input.shape, requires_grad=True)
+    outputs = TorchGraph(model.proto)(image)
+    torch.autograd.backward([value.sum() for value in outputs.values()])
+    assert image.grad is not None
+    return {"seconds": seconds, "before": before, "peak": peak_bytes()}
 
 
 def measure_quantize(path: Path) -> dict[str, Any]:
