@@ -88,6 +88,8 @@ def fix_inputs(
             stored = f"{name}/row"
             nodes += _repeat(name, stored, fitted, left[0].name)
         graph.initializer.append(tensor_of(fitted, stored, outside=False))
+    if nodes:
+        _allow_expand(proto)
     kept = [value for value in graph.input if value.name not in arrays]
     ordered = [*nodes, *graph.node]
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in ordered]
@@ -167,6 +169,13 @@ def _repeat(name: str, row: str, array: np.ndarray, image: str) -> list[onnx.Nod
         ),
         helper.make_node("Expand", [row, f"{name}/shape"], [name], f"{name}/repeat"),
     ]
+
+
+def _allow_expand(proto: onnx.ModelProto) -> None:
+    """Raise opset 7 to the first with Expand; in between operators only gained uses."""
+    for opset in proto.opset_import:
+        if opset.domain in ("", "ai.onnx") and opset.version == 7:
+            opset.version = 8
 
 
 def _numbers(shape: tuple[int, ...]) -> str:

@@ -55,6 +55,21 @@ def test_fixed_inputs_give_what_feeding_them_gives(two_inputs, run_onnx, count):
     )
 
 
+def test_the_oldest_opset_repeats_rows_for_each_image(two_inputs, run_onnx):
+    proto = onnx.load(two_inputs)
+    proto.ir_version, proto.opset_import[0].version = 3, 7  # Expand came with opset 8
+    proto.graph.input.add(name="w").CopyFrom(
+        onnx.helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, [4, 3, 3, 3])
+    )
+    onnx.save(proto, two_inputs)
+    model = load(two_inputs, inputs={"info": INFO, "factor": FACTOR})
+    assert model.fixed_batch is None
+    x = np.random.default_rng(1).normal(size=(3, 3, 8, 8)).astype(np.float32)
+    feeds = {"x": x, "info": np.repeat(INFO, 3, axis=0), "factor": FACTOR}
+    expected = ort.InferenceSession(two_inputs).run(None, feeds)[0]
+    np.testing.assert_allclose(run_onnx(model.proto, x)[0], expected, rtol=1e-5)
+
+
 def test_several_inputs_name_the_options(two_inputs):
     with pytest.raises(ModelError) as caught:
         load(two_inputs)
