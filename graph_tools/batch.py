@@ -19,6 +19,7 @@ from graph_tools.folding import check_sizes, fold_constants, fold_shapes
 from graph_tools.shape_rules import Probe, Use, free_constant, rewrite, same
 from graph_tools.shapes import BATCH, PROBES, TensorType, infer, set_shape, with_batch
 from graph_tools.walk import all_nodes
+from graph_tools.weights import values_of
 
 __all__ = ["fold_at_batch", "generalize_batch", "resolve_shapes"]
 
@@ -76,7 +77,7 @@ def fold_at_batch(proto: onnx.ModelProto, batch: int) -> Probe:
             break
     types = infer(bare)
     check_sizes(types)
-    constants = {t.name: numpy_helper.to_array(t) for t in bare.graph.initializer}
+    constants = {t.name: values_of(t) for t in bare.graph.initializer}
     return Probe(constants, types)
 
 
@@ -202,7 +203,7 @@ def _repeated(
     graph: onnx.GraphProto, tensor: onnx.TensorProto, image: str, name: str
 ) -> list[onnx.NodeProto]:
     """Return nodes that repeat the one row of `tensor` as often as `image` has rows."""
-    values = numpy_helper.to_array(tensor)
+    values = values_of(tensor)
     if not (values == values[:1]).all():
         return []
     row, ones = f"{name}/row", f"{name}/ones"
@@ -233,7 +234,7 @@ def _next_constant_shapes(
         is_target = 0 < index < len(node.input) and node.input[index] in constants
         if is_target and node.output[0] not in done:
             if not fed:
-                value = numpy_helper.to_array(constants[node.input[index]])
+                value = values_of(constants[node.input[index]])
                 ready.append((node, index, value))
             fed = True
         if fed:

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import onnx
-from onnx import helper, inliner, numpy_helper, version_converter
+from onnx import helper, inliner, version_converter
 from onnx.defs import OpSchema, SchemaError
 
 from graph_tools.errors import ModelError, UnsupportedOperatorError
 from graph_tools.quiet import quiet
 from graph_tools.shapes import infer, set_shape
 from graph_tools.walk import all_nodes
-from graph_tools.weights import is_outside
+from graph_tools.weights import is_outside, values_of
 
 __all__ = [
     "IR_VERSION",
@@ -224,7 +224,7 @@ def _set_resize_modes(graph: onnx.GraphProto) -> None:
         if node.op_type != "Resize":
             continue
         scales = constants.get(node.input[2]) if len(node.input) > 2 else None
-        shrinks = scales is not None and bool((numpy_helper.to_array(scales) < 1).any())
+        shrinks = scales is not None and bool((values_of(scales) < 1).any())
         modes = {
             "coordinate_transformation_mode": "asymmetric",
             "nearest_mode": "ceil" if shrinks else "floor",

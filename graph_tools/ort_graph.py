@@ -17,7 +17,6 @@ from typing import Any
 
 import onnx
 import torch
-from onnx import numpy_helper
 
 from graph_tools.batch import resolve_shapes
 from graph_tools.differentiable import differentiable
@@ -28,7 +27,7 @@ from graph_tools.passes import constants_to_initializers
 from graph_tools.shapes import infer, set_shape
 from graph_tools.torch_ops.dtypes import to_tensor
 from graph_tools.walk import needed_nodes
-from graph_tools.weights import is_outside
+from graph_tools.weights import is_outside, values_of
 
 __all__ = ["OrtGraph"]
 
@@ -205,9 +204,7 @@ def _needed_part(
         if name not in constants and name not in inputs:
             part.graph.output.add(name=name)
     values = {
-        name: to_tensor(numpy_helper.to_array(constants[name]))
-        for name in outputs
-        if name in constants
+        name: to_tensor(values_of(constants[name])) for name in outputs if name in constants
     }
     return part, values
 

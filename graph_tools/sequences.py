@@ -14,6 +14,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from graph_tools.weights import values_of
+
 __all__ = ["resolve_sequences"]
 
 _INT64_MAX = 2**63 - 1
@@ -180,8 +182,7 @@ def _integers(
 ) -> np.ndarray | None:
     if index >= len(node.input) or node.input[index] not in constants:
         return None
-    values: np.ndarray = numpy_helper.to_array(constants[node.input[index]])
-    return values
+    return values_of(constants[node.input[index]])
 
 
 def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import onnx
-from onnx import TensorProto, inliner, numpy_helper
+from onnx import TensorProto, inliner
 
 from graph_tools.batch import resolve_shapes
 from graph_tools.differentiable import arithmetic, movement, reduction, windows
@@ -23,6 +23,7 @@ from graph_tools.opset import opset_version
 from graph_tools.passes import constants_to_initializers, name_nodes
 from graph_tools.quiet import quiet
 from graph_tools.shapes import TensorType, infer, set_shape
+from graph_tools.weights import values_of
 
 __all__ = ["WITH_GRADIENT", "differentiable", "traced_tensors"]
 
@@ -148,7 +149,7 @@ def _rewrite(
 ) -> tuple[bool, set[str]]:
     """Replace nodes by what is registered for them, in place; return (changed, refused)."""
     graph = proto.graph
-    constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    constants = {t.name: values_of(t) for t in graph.initializer}
     outputs = {value.name for value in graph.output}
     used = {name for node in graph.node for name in node.input} | outputs
     taken = {name for node in graph.node for name in node.output} | {*constants, *types}
