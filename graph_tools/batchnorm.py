@@ -22,6 +22,8 @@ from onnx import helper
 
 from graph_tools.errors import ModelError
 from graph_tools.model import Model, initializers, replace_proto
+from graph_tools.passes import drop_unused_initializers, unused_name
+from graph_tools.shapes import ranks_of
 from graph_tools.weights import is_outside, tensor_of
 
 __all__ = [
@@ -132,7 +134,7 @@ def find_affine_leftovers(model: Model) -> tuple[AffineLeftover, ...]:
     """
     graph = model.proto.graph
     constants = initializers(model.proto)
-    ranks = _ranks(model.proto)
+    ranks = ranks_of(graph)
     uses = Counter(name for node in graph.node for name in node.input)
     uses.update(model.outputs)
     by_input: dict[str, list[onnx.NodeProto]] = {}
@@ -177,15 +179,6 @@ def _scaled(
     channel_axis = 1 if rank > 2 else rank - 1
     one_axis = all(dim == 1 for axis, dim in enumerate(shape) if axis != channel_axis)
     return variable[0] if len(shape) == rank and one_axis else None
-
-
-def _ranks(proto: onnx.ModelProto) -> dict[str, int]:
-    values = (*proto.graph.input, *proto.graph.value_info, *proto.graph.output)
-    return {
-        value.name: len(value.type.tensor_type.shape.dim)
-        for value in values
-        if value.type.tensor_type.HasField("shape")
-    }
 
 
 def expose_inputs(model: Model, sites: Sequence[BatchNormSite]) -> Model:
@@ -242,7 +235,7 @@ def fold_batch_norms(model: Model) -> Model:
         folded.append(index)
     for index in reversed(folded):
         del graph.node[index]
-    _drop_unused(graph, set(model.outputs))
+    drop_unused_initializers(graph)
     return replace_proto(model, proto)
 
 
@@ -290,8 +283,8 @@ def _unused_names(
     """Name new weights of `producer` after its old ones where these are free."""
     bias = producer.input[2] if len(producer.input) > 2 else ""
     return (
-        _unused(f"{producer.input[1]}/folded", taken),
-        _unused(f"{bias or node.input[2]}/folded", taken),
+        unused_name(f"{producer.input[1]}/folded", taken),
+        unused_name(f"{bias or node.input[2]}/folded", taken),
     )
 
 
@@ -301,20 +294,3 @@ def _read_weights(producer: onnx.NodeProto, names: tuple[str, str]) -> None:
     for attribute in producer.attribute:
         if attribute.name == "beta":
             attribute.f = 1.0
-
-
-def _unused(name: str, taken: set[str]) -> str:
-    index, result = 0, name
-    while result in taken:
-        index += 1
-        result = f"{name}_{index}"
-    taken.add(result)
-    return result
-
-
-def _drop_unused(graph: onnx.GraphProto, outputs: set[str]) -> None:
-    used = outputs | {name for node in graph.node for name in node.input}
-    kept = [onnx.TensorProto.FromString(t.SerializeToString()) for t in graph.initializer
-            if t.name in used]  # fmt: skip
-    del graph.initializer[:]
-    graph.initializer.extend(kept)

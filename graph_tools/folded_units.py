@@ -14,6 +14,7 @@ import onnx
 from onnx import helper
 
 from graph_tools.model import Model, initializers
+from graph_tools.shapes import ranks_of
 
 __all__ = ["Unit", "as_rows", "find_units", "from_rows", "num_groups"]
 
@@ -54,11 +55,7 @@ def find_units(model: Model) -> Iterator[Unit]:
     """Yield what may have swallowed a BatchNormalization and has none behind it."""
     graph = model.proto.graph
     constants = initializers(model.proto)
-    ranks = {
-        value.name: len(value.type.tensor_type.shape.dim)
-        for value in (*graph.input, *graph.value_info, *graph.output)
-        if value.type.tensor_type.HasField("shape")
-    }
+    ranks = ranks_of(graph)
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:

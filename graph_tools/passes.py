@@ -24,12 +24,14 @@ __all__ = [
     "constants_to_initializers",
     "drop_initializer_inputs",
     "drop_unread_masks",
+    "drop_unused_initializers",
     "inline_constant_ifs",
     "name_nodes",
     "remove_no_ops",
     "rename_tensor",
     "tell_names_apart",
     "to_float32",
+    "unused_name",
 ]
 
 FLOAT_TYPES = frozenset(
@@ -78,6 +80,30 @@ def drop_initializer_inputs(graph: onnx.GraphProto) -> None:
     kept = [value for value in graph.input if value.name not in constant]
     del graph.input[:]
     graph.input.extend(kept)
+
+
+def drop_unused_initializers(graph: onnx.GraphProto) -> None:
+    """Drop the initializers that neither a node reads nor the graph gives out, in place.
+
+    Args:
+        graph: without subgraphs.
+    """
+    used = {name for node in graph.node for name in node.input}
+    used |= {value.name for value in graph.output}
+    names = [tensor.name for tensor in graph.initializer]
+    for index in reversed(range(len(names))):
+        if names[index] not in used:
+            del graph.initializer[index]
+
+
+def unused_name(name: str, taken: set[str]) -> str:
+    """Return `name`, or `name` with a number behind it, and add it to `taken`."""
+    index, result = 0, name
+    while result in taken:
+        index += 1
+        result = f"{name}_{index}"
+    taken.add(result)
+    return result
 
 
 def constants_to_initializers(graph: onnx.GraphProto) -> None:
@@ -288,7 +314,7 @@ def _is_no_op(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> bool:
         return False
     if len(node.input) > 2 and node.input[2]:
         mode = constants.get(node.input[2])
-        if mode is None or bool(numpy_helper.to_array(mode)):
+        if mode is None or bool(values_of(mode)):
             raise ModelError(
                 "Dropout in training mode",
                 where=f"node '{node.name or node.output[0]}'",
@@ -311,7 +337,7 @@ def inline_constant_ifs(graph: onnx.GraphProto) -> bool:
         if condition is None:
             nodes.append(node)
             continue
-        taken = bool(numpy_helper.to_array(condition).reshape(-1)[0])
+        taken = bool(values_of(condition).reshape(-1)[0])
         name = "then_branch" if taken else "else_branch"
         branch = next(a.g for a in node.attribute if a.name == name)
         nodes.extend(_spliced(branch, node, graph))

@@ -99,12 +99,10 @@ class Finder:
             for place, norm in enumerate(self._side.norms):
                 if norm.channels != unit.gain.size:
                     continue
-                found = self._fit(unit, candidate, norm)
-                residual = max(
-                    found.match.ratio_residual or 0.0, found.match.bias_residual or 0.0
-                )
-                if not residual <= _RESIDUAL:
+                fit = self._fit(unit, candidate, norm)
+                if fit is None:
                     continue
+                residual, found = fit
                 rank = (
                     0.0 if residual < _TIED else residual,
                     self._used[norm.name] + self._used[candidate.weight],
@@ -141,11 +139,15 @@ class Finder:
             return [_Candidate(weight="", rows=None, cosine=None, ratio=unit.gain)]
         rows = unit.rows * unit.gain[:, None]
         own = np.linalg.norm(rows, axis=1)
+        longest = int(own.argmax())
         result = []
         for name, tensor in self._side.weights.items():
             if tensor.size != rows.size:
                 continue
-            for other in _layouts(tensor, unit.node, rows.shape):
+            for stored in _layouts(tensor, unit.node, rows.shape):
+                if _cosine(rows[longest], stored[longest]) < _COSINE:
+                    continue  # one row tells nearly all others apart
+                other = stored.astype(np.float64)
                 length = np.linalg.norm(other, axis=1)
                 product = (rows * other).sum(1)
                 with np.errstate(divide="ignore", invalid="ignore"):
@@ -159,9 +161,13 @@ class Finder:
                     break
         return result
 
-    def _fit(self, unit: Unit, candidate: _Candidate, norm: NormStatistics) -> Found:
-        """Measure how well some statistics explain a unit."""
+    def _fit(
+        self, unit: Unit, candidate: _Candidate, norm: NormStatistics
+    ) -> tuple[float, Found] | None:
+        """Return what some statistics make of a unit and the error that is left, if small."""
         epsilon, residual = _best_epsilon(candidate.ratio, norm)
+        if not residual <= _RESIDUAL:  # nearly all end here
+            return None
         factor = norm.scale / np.sqrt(norm.variance + epsilon)
         # What the unfolded node's own bias must be: nothing, or a vector of the side file.
         biases = [np.zeros(norm.channels)]
@@ -174,6 +180,8 @@ class Finder:
             for bias in biases
         ]
         best = int(np.argmin(errors))
+        if not errors[best] <= _RESIDUAL:
+            return None
         match = Match(
             node=unit.node.name,
             state="restored",
@@ -184,12 +192,13 @@ class Finder:
             bias_residual=errors[best],
             epsilon=epsilon,
         )
-        return Found(
+        found = Found(
             match=match,
             rows=candidate.rows,
             bias=biases[best],
             norm=replace(norm, epsilon=epsilon),
         )
+        return max(residual, errors[best]), found
 
     def _is_same(self, unit: Unit, candidate: _Candidate) -> bool:
         """Whether the node is in the side file as it is, so that it never had anything behind."""
@@ -236,9 +245,10 @@ class Finder:
             if tensor.size != rows.size or not tensor.size:
                 continue
             inputs = tensor.shape[1]
-            for other in _layouts(tensor, unit.node, rows.shape):
-                if other.shape[1] % inputs:
+            for stored in _layouts(tensor, unit.node, rows.shape):
+                if stored.shape[1] % inputs:
                     continue
+                other = stored.astype(np.float64)
                 a = rows.reshape(len(rows), inputs, -1).swapaxes(0, 1).reshape(inputs, -1)
                 b = other.reshape(len(rows), inputs, -1).swapaxes(0, 1).reshape(inputs, -1)
                 lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
@@ -251,19 +261,25 @@ def _layouts(
     tensor: np.ndarray, node: onnx.NodeProto, shape: tuple[int, ...]
 ) -> Iterator[np.ndarray]:
     """Yield a side file's tensor as rows of ``shape``, in each layout that it may have."""
-    values = tensor.astype(np.float64)
     if node.op_type == "ConvTranspose":
-        if values.ndim > 2 and len(values) % num_groups(node) == 0:
-            rows = as_rows(values, node)
+        if tensor.ndim > 2 and len(tensor) % num_groups(node) == 0:
+            rows = as_rows(tensor, node)
             if rows.shape == shape:
                 yield rows
         return
-    if len(values) == shape[0]:  # [out, in, ...]: torch, and ONNX's Conv
-        yield values.reshape(shape)
-    if values.shape[-1] == shape[0]:  # [..., in, out]: matrices of MatMul, kernels of Keras
-        yield np.moveaxis(values, (-1, -2), (0, 1)).reshape(shape)
-    if values.ndim == 4 and values.shape[-2] == shape[0]:  # [h, w, channels, 1]: depthwise
-        yield np.moveaxis(values, (-2, -1), (0, 1)).reshape(shape)
+    if len(tensor) == shape[0]:  # [out, in, ...]: torch, and ONNX's Conv
+        yield tensor.reshape(shape)
+    if tensor.shape[-1] == shape[0]:  # [..., in, out]: matrices of MatMul, kernels of Keras
+        yield np.moveaxis(tensor, (-1, -2), (0, 1)).reshape(shape)
+    if tensor.ndim == 4 and tensor.shape[-2] == shape[0]:  # [h, w, channels, 1]: depthwise
+        yield np.moveaxis(tensor, (-2, -1), (0, 1)).reshape(shape)
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the cosine of the angle between two rows, its sign left out; 1 where one is zero."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    lengths = float(np.sqrt((a @ a) * (b @ b)))
+    return abs(float(a @ b)) / lengths if lengths else 1.0
 
 
 def _best_epsilon(ratio: np.ndarray, norm: NormStatistics) -> tuple[float, float]:

@@ -21,14 +21,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from graph_tools.equivalence import largest_difference, run_model
 from graph_tools.errors import ModelError
 from graph_tools.folded_units import Unit, find_units, from_rows
 from graph_tools.model import Model, replace_proto
+from graph_tools.passes import drop_unused_initializers, unused_name
 from graph_tools.recognize import Finder, Found, Match
 from graph_tools.side_file import NormStatistics, SideFile
+from graph_tools.weights import is_outside, tensor_of
 
 __all__ = ["Match", "Restoration", "restore_batch_norms"]
 
@@ -83,14 +85,16 @@ def restore_batch_norms(model: Model, side: SideFile) -> Restoration:
         raise _nothing(units, matches, side)
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
+    graph = proto.graph
+    taken = {t.name for t in graph.initializer} | {o for n in graph.node for o in n.output}
     for unit, result in zip(units, found, strict=True):
         if result.norm is not None:
-            _unfold(proto, unit, result, result.norm)
+            _unfold(graph, unit, result, result.norm, taken)
     candidates = sum(match.state != "unchanged" for match in matches)
     note = (
         f"BatchNormalization of {count} of {candidates} node(s) restored from {side.path.name}"
     )
-    _drop_unused(proto.graph)
+    drop_unused_initializers(proto.graph)
     restored = replace_proto(model, proto, notes=(note,))
     difference = _difference(model, restored)
     if not difference <= _TOLERANCE:
@@ -102,72 +106,68 @@ def restore_batch_norms(model: Model, side: SideFile) -> Restoration:
     return Restoration(model=restored, matches=matches, difference=difference)
 
 
-def _unfold(proto: onnx.ModelProto, unit: Unit, found: Found, norm: NormStatistics) -> None:
-    """Write the side file's node and BatchNormalization in place of a unit."""
-    graph = proto.graph
-    taken = {t.name for t in graph.initializer} | {o for n in graph.node for o in n.output}
-    node = next(n for n in graph.node if n.output[0] == unit.node.output[0])
-    output = unit.output
+def _unfold(
+    graph: onnx.GraphProto, unit: Unit, found: Found, norm: NormStatistics, taken: set[str]
+) -> None:
+    """Write the side file's node and BatchNormalization in place of a unit.
+
+    Args:
+        graph: changed in place.
+        unit: of the graph before any change.
+        found: the numbers for it.
+        norm: the statistics in `found`.
+        taken: names of tensors; new ones are added.
+    """
+    place, node = next(
+        (i, n) for i, n in enumerate(graph.node) if n.output[0] == unit.node.output[0]
+    )
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    outside = any(map(is_outside, graph.initializer))
+    prefix, output = f"{node.name}/restored", unit.output
 
     def add(name: str, values: np.ndarray) -> str:
-        index, unique = 0, name
-        while unique in taken:
-            index += 1
-            unique = f"{name}_{index}"
-        taken.add(unique)
-        graph.initializer.append(numpy_helper.from_array(values.astype(np.float32), unique))
+        unique = unused_name(f"{prefix}/{name}", taken)
+        single = values.astype(np.float32)
+        graph.initializer.append(tensor_of(single, unique, outside=outside))
         return unique
 
-    prefix = f"{node.name}/restored"
-    vectors = {
-        "scale": norm.scale,
-        "bias": norm.bias,
-        "mean": norm.mean,
-        "variance": norm.variance,
-    }
-    names = [add(f"{prefix}/{key}", values) for key, values in vectors.items()]
-    place = list(graph.node).index(node)
+    mean = norm.mean
     if found.rows is not None:
         assert found.bias is not None
-        shape = tuple(next(t for t in graph.initializer if t.name == node.input[1]).dims)
-        weight = add(f"{prefix}/weight", from_rows(found.rows, node, shape))
-        source = f"{prefix}/input"
-        del node.input[1:]
-        node.input.append(weight)
-        if found.bias.any():  # a MatMul has no place for one: the mean takes it
-            if node.op_type == "MatMul":
-                mean = next(t for t in graph.initializer if t.name == names[2])
-                shifted = (norm.mean - found.bias).astype(np.float32)
-                mean.CopyFrom(numpy_helper.from_array(shifted, names[2]))
-            else:
-                node.input.append(add(f"{prefix}/own_bias", found.bias))
+        shape = tuple(constants[node.input[1]].dims)
+        del node.input[2:]
+        node.input[1] = add("weight", from_rows(found.rows, node, shape))
+        if node.op_type == "MatMul":  # has no place for a bias: the mean takes it
+            mean = mean - found.bias
+        elif found.bias.any():
+            node.input.append(add("own_bias", found.bias))
         for attribute in node.attribute:
             if attribute.name in ("alpha", "beta"):
                 attribute.f = 1.0
+        source = unused_name(f"{prefix}/input", taken)
         node.output[0] = source
         place += 1
     else:
-        source = next(n for n in node.input if n not in {t.name for t in graph.initializer})
-        graph.node.remove(node)
-    gone = {follower.output[0] for follower in unit.chain}
-    for follower in [n for n in graph.node if n.output[0] in gone]:
-        graph.node.remove(follower)
-    graph.node.insert(
-        place,
-        helper.make_node(
-            "BatchNormalization",
-            [source, *names],
-            [output],
-            name=f"{unit.node.name}/BatchNormalization",
-            epsilon=norm.epsilon,
-        ),
+        source = next(name for name in node.input if name not in constants)
+        del graph.node[place]
+    normalization = helper.make_node(
+        "BatchNormalization",
+        [
+            source,
+            add("scale", norm.scale),
+            add("bias", norm.bias),
+            add("mean", mean),
+            add("variance", norm.variance),
+        ],
+        [output],
+        name=f"{unit.node.name}/BatchNormalization",
+        epsilon=norm.epsilon,
     )
-
-
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    used = {name for node in graph.node for name in node.input}
-    for tensor in [t for t in graph.initializer if t.name not in used]:
-        graph.initializer.remove(tensor)
+    gone = {follower.output[0] for follower in unit.chain}
+    for index in reversed(range(place, len(graph.node))):
+        if graph.node[index].output[0] in gone:
+            del graph.node[index]
+    graph.node.insert(place, normalization)
 
 
 def _difference(model: Model, restored: Model) -> float:

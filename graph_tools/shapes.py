@@ -26,6 +26,7 @@ __all__ = [
     "annotate",
     "infer",
     "outline",
+    "ranks_of",
     "set_shape",
     "with_batch",
 ]
@@ -58,6 +59,15 @@ class TensorType:
             return None
         numbers = tuple(dim for dim in self.shape if isinstance(dim, int))
         return numbers if len(numbers) == len(self.shape) else None
+
+
+def ranks_of(graph: onnx.GraphProto) -> dict[str, int]:
+    """Return the ranks of the tensors of an annotated graph, as far as they are known."""
+    return {
+        value.name: len(value.type.tensor_type.shape.dim)
+        for value in (*graph.input, *graph.value_info, *graph.output)
+        if value.type.tensor_type.HasField("shape")
+    }
 
 
 def set_shape(

@@ -21,7 +21,9 @@ from graph_tools.equivalence import run_model
 from graph_tools.errors import ModelError, ZsqError
 from graph_tools.model import initializers, load, save
 from graph_tools.prepare import prepare_for_quantization
+from graph_tools.restore import restore_batch_norms
 from graph_tools.saving import data_file
+from graph_tools.side_file import read_side_file
 from graph_tools.torch_graph import TorchGraph
 from pipeline.cli import main
 
@@ -149,6 +151,49 @@ def test_constants_computed_from_weights_outside_are_folded(tmp_path, run_onnx):
     image = np.random.default_rng(1).normal(size=(2, 3, 8, 8)).astype(np.float32)
     actual = run_model(model.proto, {"x": image})[0]
     np.testing.assert_allclose(actual, run_onnx(whole, image)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("little_inside")
+def test_rows_outside_that_are_joined_to_each_image_follow_the_batch(tmp_path):
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]>'
+        "g (float[1,3,8,8] x) => (float[1,20,4] y) {"
+        " f = Flatten(x) r = Reshape(f, shape) j = Concat<axis = 1>(tokens, r)"
+        " y = MatMul(j, w) }"
+    )
+    rng = np.random.default_rng(0)
+    tokens = rng.normal(size=(1, 14, 32)).astype(np.float32)
+    arrays = {
+        "tokens": tokens,
+        "w": rng.normal(size=(32, 4)).astype(np.float32),
+        "shape": np.array([1, 6, 32]),
+        "unused": np.zeros(2048, np.float32),
+    }
+    for name, array in arrays.items():
+        proto.graph.initializer.append(numpy_helper.from_array(array, name))
+    path = tmp_path / "m.onnx"
+    onnx.save(proto, path, save_as_external_data=True, location="m.bin", size_threshold=256)
+    model = load(path)
+    assert model.fixed_batch is None
+    images = rng.normal(size=(3, 3, 8, 8)).astype(np.float32)
+    joined = np.concatenate([np.repeat(tokens, 3, 0), images.reshape(3, 6, 32)], axis=1)
+    actual = run_model(model.proto, {"x": images})[0]
+    np.testing.assert_allclose(actual, joined @ arrays["w"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("little_inside")
+def test_statistics_come_back_to_weights_outside(tmp_path):
+    kept = load(with_batch_norm(tmp_path, np.float32))
+    folded = fold_batch_norms(kept)
+    restored = restore_batch_norms(folded, read_side_file(kept.source)).model
+    for model in (folded, restored):
+        inside, outside = weights.stored_bytes(model.proto)
+        assert inside < 2048
+        assert outside >= (16 * 100 + 16 * 27) * 4
+    image = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
+    expected = run_model(kept.proto, {"x": image})[0]
+    actual = run_model(restored.proto, {"x": image})[0]
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("little_inside")

@@ -186,6 +186,22 @@ def folded_from(network: nn.Module, path: Path) -> Model:
     return fold_batch_norms(load(export(network, path)))
 
 
+def test_an_output_that_is_a_constant_stays(folder: Path, kept: Model) -> None:
+    """Detection networks give out their anchors."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(fold_batch_norms(kept).proto)
+    anchors = np.arange(6, dtype=np.float32).reshape(3, 2)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(anchors, "anchors"))
+    proto.graph.output.add(name="anchors").CopyFrom(
+        onnx.helper.make_tensor_value_info("anchors", onnx.TensorProto.FLOAT, [3, 2])
+    )
+    onnx.save(proto, folder / "anchors.onnx")
+    model = load(folder / "anchors.onnx")
+    restored = restore_batch_norms(model, read_side_file(folder / "kept.onnx"))
+    assert restored.restored == 4
+    assert restored.model.outputs == model.outputs
+
+
 def test_channels_with_gamma_zero(tmp_path: Path) -> None:
     network = trained(Net())
     network.first_norm.weight.data[2] = 0
