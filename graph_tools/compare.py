@@ -161,8 +161,6 @@ class _Run:
                 options,
                 providers=["CPUExecutionProvider"],
             )
-        except ModelError:
-            raise
         except Exception as error:  # onnxruntime's exceptions have no base class of their own
             raise ModelError(f"onnxruntime refuses the model: {error}") from error
         entry = self.session.get_inputs()[0]

@@ -62,7 +62,7 @@ class Found:
     """A match and the numbers to write.
 
     Attributes:
-        rows: ``[C, K]``, the side file's weights; None if the unit has none.
+        rows: ``[C, K]``, the side file's weights as stored; None if the unit has none.
         bias: ``[C]`` of the unfolded node.
         norm: None if there is nothing to restore.
     """
@@ -156,7 +156,7 @@ class Finder:
                 cosine = float(np.nan_to_num(cosines, nan=0.0).min())
                 if cosine >= _COSINE:
                     result.append(
-                        _Candidate(weight=name, rows=other, cosine=cosine, ratio=ratio)
+                        _Candidate(weight=name, rows=stored, cosine=cosine, ratio=ratio)
                     )
                     break
         return result

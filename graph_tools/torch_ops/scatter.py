@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -41,7 +42,7 @@ def scatter_nd(node: Node) -> Compute:
     def compute(x: torch.Tensor, indices: torch.Tensor, updates: torch.Tensor) -> torch.Tensor:
         depth = indices.shape[-1]
         rows = _row_numbers(indices, x.shape[:depth])  # [number of slices]
-        data = x.reshape(_product(x.shape[:depth]), -1)
+        data = x.reshape(math.prod(x.shape[:depth]), -1)
         slices = updates.reshape(len(rows), data.shape[1])
         wide = rows[:, None].expand_as(slices)
         return _scatter(data, 0, wide, slices, reduction).reshape(x.shape)
@@ -55,10 +56,6 @@ def _row_numbers(indices: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     for position, length in enumerate(lengths):
         flat = flat * length + from_start(indices[..., position], length)
     return flat.reshape(-1)
-
-
-def _product(lengths: Sequence[int]) -> int:
-    return int(torch.Size(lengths).numel())
 
 
 @operator("TensorScatter")
