@@ -28,7 +28,8 @@ class Unit:
     Attributes:
         node: the first node.
         chain: the Mul and Add nodes that belong to it.
-        rows: ``[C, K] float64``, the node's weights, one row an output channel; None for a Mul.
+        rows: ``[C, K]``, the node's weights as stored, one row an output channel; None for a
+            Mul.
         gain: ``[C] float64`` of the chain.
         shift: ``[C] float64``, the bias of all of it.
     """
@@ -112,12 +113,12 @@ def _rows(node: onnx.NodeProto, constants: Mapping[str, np.ndarray]) -> np.ndarr
     """Return a weighted node's constant weights, one row an output channel."""
     if any(name and name not in constants for name in node.input[1:]):
         return None
-    weight = constants[node.input[1]].astype(np.float64)
+    weight = constants[node.input[1]]
     if node.op_type == "MatMul" and weight.ndim != 2:
         return None
     if node.op_type == "Gemm":
         alpha = float(str(_attributes(node).get("alpha", 1.0)))
-        weight = weight * alpha
+        weight = weight if alpha == 1 else weight.astype(np.float64) * alpha
     return as_rows(weight, node)
 
 

@@ -137,7 +137,7 @@ class Finder:
         """Return the side file's tensors whose rows are proportional to the unit's."""
         if unit.rows is None:
             return [_Candidate(weight="", rows=None, cosine=None, ratio=unit.gain)]
-        rows = unit.rows * unit.gain[:, None]
+        rows = unit.rows.astype(np.float64) * unit.gain[:, None]
         own = np.linalg.norm(rows, axis=1)
         longest = int(own.argmax())
         result = []
@@ -237,8 +237,8 @@ class Finder:
         return Match(node=name, state="unmatched", reason=reason)
 
     def _proportional_to_inputs(self, unit: Unit) -> bool:
-        rows = unit.rows
-        assert rows is not None
+        assert unit.rows is not None
+        rows = unit.rows.astype(np.float64)
         if unit.node.op_type == "ConvTranspose" or num_groups(unit.node) != 1:
             return False
         for tensor in self._side.weights.values():
