@@ -26,7 +26,7 @@ def _require(condition: bool, field: str, value: object, rule: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateSettings:
-    """How images are made (DGH, arXiv 2410.22110)."""
+    """How images are made: by DGH (arXiv 2410.22110) unless --method says otherwise."""
 
     method: Literal["auto", "dgh", "prior", "noise"] = "auto"
     """dgh: match BatchNormalization statistics; prior: images with the statistics of natural ones,
@@ -102,17 +102,20 @@ class QuantizeSettings:
     threshold: Literal["mse", "mae", "kl", "no-clipping"] = "mse"
     """Error that the power-of-two threshold search minimizes."""
     rounding: Literal["nearest", "adaround", "brecq"] = "nearest"
-    """nearest; adaround: learned layer by layer; brecq: learned block by block. Both learn on the
-    images, behind the layers that are quantized already."""
+    """How weights become integers. nearest: the nearest one; adaround: up or down, learned layer
+    by layer; brecq: learned block by block. Both learn on the calibration images, which takes
+    time; they are for weights of few bits."""
     rounding_iterations: int = 0
-    """Steps for each layer or block; 0 chooses."""
+    """With adaround and brecq: steps for each layer or block; 0 chooses 400."""
     reconstruction: Literal["mse", "fisher"] = "mse"
-    """Error of a layer or block that is minimized: of its outputs, or weighted by how much the
-    network's outputs depend on them."""
+    """With adaround and brecq: minimize the mean squared error of the outputs of each layer or
+    block, or weigh it by how much the network's outputs depend on it (Fisher information)."""
     qdrop: float = 0.5
-    """Share of a block's activations that stay unquantized while its weights are learned."""
+    """With adaround and brecq: share of a layer's or block's inner activations that stay
+    unquantized while its weights are learned, 0..1."""
     learn_exponents: bool | None = None
-    """Learn the exponents of the activations behind each block, too; by default with brecq."""
+    """With adaround and brecq: learn the scale exponents of the activations of each layer or
+    block, too; by default with brecq only."""
     zero_point: Literal["auto", "zero"] = "auto"
     """auto: signed tensors that several operators read are stored as uint8 around 128, the form
     for which onnxruntime has integer kernels; zero: int8, zero point 0, everywhere."""

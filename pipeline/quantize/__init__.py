@@ -89,6 +89,8 @@ def quantize(
 
     def batches() -> Iterator[torch.Tensor]:
         for batch in images.batches(size):
+            if model.fixed_batch is not None:  # what is left over is filled up from its start
+                batch = np.resize(batch, (size, *batch.shape[1:]))
             yield torch.from_numpy(batch)
 
     histograms = observe(graph, placement.roots, batches)
@@ -100,7 +102,9 @@ def quantize(
     constants = _constants(placement, tensors, values, settings)
     notes = []
     if settings.rounding != "nearest":
-        lockstep = Lockstep(graph, tensors, constants, batches())
+        lockstep = Lockstep(
+            graph, tensors, constants, batches(), whole_batches=model.fixed_batch is not None
+        )
         constants.update(_learn(lockstep, placement, constants, settings, seed, on_step))
         absorbed = _absorb_activations(placement, tensors)
         constants.update(_biases(placement, tensors, constants, values))
@@ -109,7 +113,9 @@ def quantize(
         )
         on_step = None  # what is left is quick
     if settings.bias_correction:
-        lockstep = Lockstep(graph, tensors, constants, batches())
+        lockstep = Lockstep(
+            graph, tensors, constants, batches(), whole_batches=model.fixed_batch is not None
+        )
         corrected = correct_biases(
             lockstep,
             placement.weighted,

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 
 import torch
 
-from pipeline.quantize.lockstep import Lockstep
+from pipeline.quantize.lockstep import Batches, Lockstep
 
 __all__ = ["output_sensitivity"]
 
 
 def output_sensitivity(
     lockstep: Lockstep, tensors: Sequence[str], generator: torch.Generator
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Batches]:
     """Squared gradients of the float network's outputs to ``tensors``.
 
     Args:
@@ -28,9 +28,10 @@ def output_sensitivity(
         generator: draws the outputs.
 
     Returns:
-        For each tensor [N, ...] with mean 1. A tensor on which no output depends is left out.
+        For each tensor, batch by batch, with mean 1 over all of them. A tensor on which no output
+        depends is left out.
     """
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in tensors}
+    found: dict[str, Batches] = {name: [] for name in tensors}
     for index in range(len(lockstep.exact[tensors[0]])):
         values = {name: batches[index] for name, batches in lockstep.exact.items()}
         leaves = {name: values[name].detach().requires_grad_() for name in tensors}
@@ -40,7 +41,7 @@ def output_sensitivity(
             values.update(
                 zip(step.outputs, lockstep.graph.run_step(step, given), strict=False)
             )
-        outputs = [values[name] for name in lockstep.graph.output_names]
+        outputs = [values[n] for n in lockstep.graph.output_names if n in values]
         reached = [_log_likelihood(v, generator) for v in outputs if v.requires_grad]
         if not reached:
             return {}
@@ -50,8 +51,14 @@ def output_sensitivity(
         for name, gradient in zip(leaves, gradients, strict=True):
             if gradient is not None:
                 found[name].append(gradient.square())
-    joined = {name: torch.cat(parts) for name, parts in found.items() if parts}
-    return {name: value / value.mean().clamp_min(1e-30) for name, value in joined.items()}
+    sensitivity = {}
+    for name, parts in found.items():
+        if parts:
+            count = sum(part.numel() for part in parts)
+            mean = torch.stack([part.sum(dtype=torch.float64) for part in parts]).sum() / count
+            scale = 1 / max(float(mean), 1e-30)
+            sensitivity[name] = [part * scale for part in parts]
+    return sensitivity
 
 
 def _log_likelihood(output: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -61,4 +68,4 @@ def _log_likelihood(output: torch.Tensor, generator: torch.Generator) -> torch.T
         drawn = torch.multinomial(probabilities, 1, generator=generator)
         return output.log_softmax(dim=1).gather(1, drawn).sum()
     noise = torch.randn(output.shape, generator=generator)
-    return (output * noise / output.detach().std().clamp_min(1e-12)).sum()
+    return (output * noise / output.detach().std(correction=0).clamp_min(1e-12)).sum()

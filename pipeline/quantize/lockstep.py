@@ -35,6 +35,7 @@ class Lockstep:
         tensors: quantizers of the activation tensors.
         constants: integers of weights, biases and operands, by initializer name.
         batches: the images, [n, ...] each; only as many are read as fit the memory budget.
+        whole_batches: the graph takes only batches of one size, none of them may be cut.
 
     Attributes:
         exact: tensors of the float network that are still needed, one a batch.
@@ -42,7 +43,9 @@ class Lockstep:
         tensors: as given; may be replaced one by one.
         constants: likewise.
         pending: nodes that the float network has not computed yet, in order.
+        sizes: how many images are in each batch.
         num_images: how many images are used.
+        whole_batches: as given.
     """
 
     def __init__(
@@ -51,14 +54,17 @@ class Lockstep:
         tensors: MutableMapping[str, TensorQuantizer],
         constants: Mapping[str, QuantizedConstant],
         batches: Iterable[torch.Tensor],
+        *,
+        whole_batches: bool = False,
     ) -> None:
         self.graph, self.tensors = graph, tensors
+        self.whole_batches = whole_batches
         self.constants = dict(constants)
         self.pending = list(graph.steps)
         self._waiting = Counter(name for step in graph.steps for name in set(step.inputs))
-        images = _images_within_budget(graph, batches)
-        self.num_images = sum(len(batch) for batch in images)
-        self._num_batches = len(images)
+        images = _images_within_budget(graph, batches, whole_batches)
+        self.sizes = tuple(len(batch) for batch in images)
+        self.num_images = sum(self.sizes)
         name = graph.input_names[0]
         self.exact: dict[str, Batches] = {name: images}
         self.rounded: dict[str, Batches] = {name: images}
@@ -103,7 +109,7 @@ class Lockstep:
         self, step: Step, values: dict[str, Batches], constants: Mapping[str, torch.Tensor]
     ) -> None:
         with torch.no_grad():
-            for batch in range(self._num_batches):
+            for batch in range(len(self.sizes)):
                 given = {name: values[name][batch] for name in step.inputs if name in values}
                 outputs = self.graph.run_step(step, {**given, **constants})
                 for tensor, value in zip(step.outputs, outputs, strict=False):
@@ -115,7 +121,9 @@ def _last_readers(graph: TorchGraph) -> dict[str, int]:
     return {tensor: i for i, s in enumerate(graph.steps) for tensor in s.inputs}
 
 
-def _images_within_budget(graph: TorchGraph, batches: Iterable[torch.Tensor]) -> Batches:
+def _images_within_budget(
+    graph: TorchGraph, batches: Iterable[torch.Tensor], whole_batches: bool
+) -> Batches:
     """As many batches as keep the live activations within the memory budget."""
     taken: Batches = []
     limit, used = 0, 0
@@ -123,7 +131,7 @@ def _images_within_budget(graph: TorchGraph, batches: Iterable[torch.Tensor]) ->
         if not taken:
             per_image = 2 * _live_bytes(graph, batch) / len(batch)
             limit = max(1, int(MEMORY_BUDGET / per_image))
-        if used + len(batch) > limit:
+        if used + len(batch) > limit and not whole_batches:
             batch = batch[: limit - used]
         if len(batch):
             taken.append(batch.clone())

@@ -10,7 +10,7 @@ The exponents of its activation quantizers are learned after its weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,10 +21,11 @@ from graph_tools.torch_graph import TorchGraph
 from pipeline.quantize.fisher import output_sensitivity
 from pipeline.quantize.lockstep import Lockstep
 from pipeline.quantize.placement import Weighted
+from pipeline.quantize.samples import Sample, Samples
 from pipeline.quantize.soft_quantizer import SoftQuantizer
 from pipeline.quantize.soft_rounding import SoftRounding
 
-__all__ = ["Reconstruction", "reconstruct"]
+__all__ = ["Reconstruction", "reconstruct", "tensors_by_image"]
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -83,12 +84,12 @@ def reconstruct(
         The learned weights by initializer name.
     """
     learned: dict[str, QuantizedConstant] = {}
+    by_image = tensors_by_image(lockstep)
     for index, block in enumerate(blocks):
-        inputs = {name: _joined(lockstep.rounded[name]) for name in block.inputs}
         for step in block.steps:
             lockstep.run_exact(step)
         targets = {
-            name: _joined(lockstep.exact[name])
+            name: lockstep.exact[name]
             for name in block.outputs
             if lockstep.exact[name][0].is_floating_point()
         }
@@ -97,7 +98,13 @@ def reconstruct(
             sensitivity = (
                 output_sensitivity(lockstep, tuple(targets), generator) if how.fisher else {}
             )
-            task = _Task(lockstep, block, inputs, targets, sensitivity, how, generator)
+            inputs = {name: lockstep.rounded[name] for name in block.inputs}
+            samples = Samples(
+                {"inputs": inputs, "targets": targets, "sensitivity": sensitivity},
+                lockstep.sizes,
+                mixed=by_image.issuperset({*inputs, *targets}),
+            )
+            task = _Task(lockstep, block, tuple(targets), samples, how, generator)
             found, terms = task.learn_weights([weighted[n] for n in block.layers], constants)
             learned.update(found)
             if how.exponents:
@@ -118,9 +125,8 @@ class _Task:
         self,
         lockstep: Lockstep,
         block: Block,
-        inputs: Tensors,
-        targets: Tensors,
-        sensitivity: Tensors,
+        targets: Sequence[str],
+        samples: Samples,
         how: Reconstruction,
         generator: torch.Generator,
     ) -> None:
@@ -128,9 +134,8 @@ class _Task:
         self.quantizers: MutableMapping[str, TensorQuantizer] = lockstep.tensors
         self.constants = lockstep.constants
         self.fixed = lockstep.values(name for step in block.steps for name in step.inputs)
-        self.block, self.inputs, self.targets = block, inputs, targets
-        self.sensitivity, self.how, self.generator = sensitivity, how, generator
-        self.count = len(next(iter(targets.values())))
+        self.block, self.targets, self.samples = block, targets, samples
+        self.how, self.generator = how, generator
         self.made = [n for s in block.steps for n in s.outputs if n in self.quantizers]
 
     def learn_weights(
@@ -149,12 +154,16 @@ class _Task:
         }
         total = sum(item.logits.numel() for item in soft.values())
         nearest = self._mean_error(inner)
+        if not 0 < nearest < math.inf:
+            return {}, {}  # nothing to gain, or nothing to compare with
         optimizer = torch.optim.Adam(
             [item.logits for item in soft.values()], lr=_LEARNING_RATE
         )
         for iteration in range(how.iterations):
             weights = {name: item.weight() for name, item in soft.items()}
-            loss = self._error(self._rows(), weights, inner, how.drop) / nearest
+            loss = self._error(self._draw(), weights, inner, how.drop) / nearest
+            if not loss.requires_grad:  # the outputs do not depend on the weights by value
+                return {}, {}
             if iteration >= _WARM_UP * how.iterations:
                 done = (iteration / how.iterations - _WARM_UP) / (1 - _WARM_UP)
                 # both terms are relative: to the error of weights rounded to nearest, to the number
@@ -164,6 +173,7 @@ class _Task:
                 loss = loss + _REGULARIZATION * undecided.sum() / total
             optimizer.zero_grad()
             torch.autograd.backward(loss)
+            _mute_undefined(item.logits for item in soft.values())
             optimizer.step()
         found = {name: item.hard() for name, item in soft.items()}
         self.constants.update(found)
@@ -186,10 +196,15 @@ class _Task:
             for name in self.made
         }
         nearest = self._mean_error(soft)
+        if not 0 < nearest < math.inf:
+            return
         for _ in range(self.how.iterations // 4):
-            loss = self._error(self._rows(), {}, soft, 0.0) / nearest
+            loss = self._error(self._draw(), {}, soft, 0.0) / nearest
+            if not loss.requires_grad:
+                return
             optimizer.zero_grad()
             torch.autograd.backward(loss)
+            _mute_undefined(parameters)
             optimizer.step()
         for root, quantizer in own.items():
             learned = replace(
@@ -199,24 +214,40 @@ class _Task:
                 if name in self.quantizers:
                     self.quantizers[name] = learned
 
-    def _rows(self) -> torch.Tensor:
-        return torch.randint(self.count, (_BATCH,), generator=self.generator)
+    def _draw(self) -> Sequence[Sample]:
+        return self.samples.draw(_BATCH, self.generator)
 
     def _mean_error(self, quantizers: Mapping[str, SoftQuantizer]) -> float:
-        """The error with the weights in force, over up to 64 images; never 0."""
+        """The error with the weights in force, over some 64 images."""
         with torch.no_grad():
-            rows = torch.arange(min(self.count, 64))
-            return max(float(self._error(rows, {}, quantizers, 0.0)), 1e-30)
+            return float(self._error(self.samples.first(64), {}, quantizers, 0.0))
 
     def _error(
         self,
-        rows: torch.Tensor,
+        samples: Sequence[Sample],
         weights: Tensors,
         quantizers: Mapping[str, SoftQuantizer],
         drop: float,
     ) -> torch.Tensor:
         """Mean squared error of the block's outputs, weighted by their sensitivity."""
-        values = {name: value[rows] for name, value in self.inputs.items()}
+        errors = []
+        for sample in samples:
+            values = self._run(sample["inputs"], weights, quantizers, drop)
+            for name in self.targets:
+                error = (values[name] - sample["targets"][name]).square()
+                if name in sample["sensitivity"]:
+                    error = error * sample["sensitivity"][name]
+                errors.append(error.mean())
+        return torch.stack(errors).sum() / len(samples)
+
+    def _run(
+        self,
+        inputs: Tensors,
+        weights: Tensors,
+        quantizers: Mapping[str, SoftQuantizer],
+        drop: float,
+    ) -> dict[str, torch.Tensor]:
+        values = dict(inputs)
         constants = {**self.fixed, **weights}
         for step in self.block.steps:
             given = {n: values[n] for n in step.inputs if n in values}
@@ -228,18 +259,34 @@ class _Task:
                 values[name] = (
                     value if quantizer is None else quantizer(value, drop, self.generator)
                 )
-        errors = []
-        for name, target in self.targets.items():
-            error = (values[name] - target[rows]).square()
-            if name in self.sensitivity:
-                error = error * self.sensitivity[name][rows]
-            errors.append(error.mean())
-        return torch.stack(errors).sum()
+        return values
 
 
-def _joined(batches: Sequence[torch.Tensor]) -> torch.Tensor:
-    """All images of a tensor; convolutions run fastest in this memory format."""
-    joined = torch.cat(list(batches))
-    return (
-        joined.contiguous(memory_format=torch.channels_last) if joined.dim() == 4 else joined
-    )
+def _mute_undefined(parameters: Iterable[torch.Tensor]) -> None:
+    """Infinite slopes, such as that of a square root at zero, say nothing about the others."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def tensors_by_image(lockstep: Lockstep) -> frozenset[str]:
+    """Return the tensors with one row for each image; attention may merge or move that axis.
+
+    Args:
+        lockstep: both networks, at their beginning.
+    """
+    if lockstep.whole_batches:
+        return frozenset()
+    images = lockstep.exact[lockstep.graph.input_names[0]]
+    found = set(lockstep.graph.input_names)
+    sizes: dict[str, list[int]] = {}
+
+    def measure(name: str, value: torch.Tensor) -> torch.Tensor:
+        sizes.setdefault(name, []).append(len(value) if value.dim() else 0)
+        return value
+
+    with torch.no_grad():
+        for count in (1, 2):
+            lockstep.graph(images[0][:1].repeat_interleave(count, 0), hook=measure)
+    found.update(name for name, counts in sizes.items() if counts == [1, 2])
+    return frozenset(found)

@@ -11,6 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from graph_tools.blocks import find_blocks
+from graph_tools.errors import SettingsError
 from graph_tools.model import initializers, load
 from graph_tools.prepare import prepare_for_quantization
 from graph_tools.qdq import write_qdq
@@ -20,6 +21,8 @@ from pipeline.images import ImageWriter, open_images
 from pipeline.quantize import quantize
 from pipeline.quantize.fisher import output_sensitivity
 from pipeline.quantize.lockstep import Lockstep
+from pipeline.quantize.reconstruction import tensors_by_image
+from pipeline.quantize.samples import Samples
 from pipeline.quantize.simulate import fake_quantize
 from pipeline.quantize.soft_quantizer import SoftQuantizer
 from pipeline.quantize.soft_rounding import SoftRounding
@@ -213,6 +216,22 @@ def test_learned_exponents_beat_those_of_the_histograms_at_few_bits(
     assert errors[1] < errors[0]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"qdrop": 1.5},
+        {"qdrop": -0.5},
+        {"qdrop": math.nan},
+        {"rounding_iterations": -1},
+    ],
+    ids=str,
+)
+def test_settings_outside_their_range_are_refused(options):
+    flag = "--" + list(options)[-1].replace("_", "-")
+    with pytest.raises(SettingsError, match=flag):
+        QuantizeSettings(**options)
+
+
 def test_same_seed_same_integers(residual, images):
     settings = QuantizeSettings(weights=4, rounding="brecq", rounding_iterations=20)
     plans = [quantize(residual, images, settings, seed=seed).plan for seed in (1, 1, 2)]
@@ -247,6 +266,123 @@ def test_sensitivity_is_the_diagonal_of_the_fisher_information(make_model):
     found = output_sensitivity(lockstep, first.outputs, torch.Generator().manual_seed(0))
     p = graph(image)["y"].softmax(dim=1).double().numpy()[0]
     expected = np.diag(weight.T @ (np.diag(p) - np.outer(p, p)) @ weight)
-    mean = found[first.outputs[0]].double().mean(dim=0).numpy().reshape(6)
+    mean = torch.cat(found[first.outputs[0]]).double().mean(dim=0).numpy().reshape(6)
     np.testing.assert_allclose(mean, expected / expected.mean(), rtol=0.1)
     assert len(blocks) == 2
+
+
+TOKENS = "c = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(c) f = Reshape(r, split)"
+AWKWARD = {  # batch, outputs, body
+    "several outputs": (
+        "N",
+        "float[N,5] y, float[N,5] z",
+        "c = Conv(x, w, b) r = Relu(c) p = GlobalAveragePool(r) f = Flatten(p)"
+        " y = Gemm<transB=1>(f, fc, fb) d = Conv(r, w2, b) q = GlobalAveragePool(d)"
+        " g = Flatten(q) z = Gemm<transB=1>(g, fc, fb)",
+    ),
+    "images and tokens in one axis": (
+        "N",
+        "float[N,64,8] y",
+        TOKENS + " t = Transpose<perm=[0,2,1]>(f) m = Reshape(t, merge) a = Gemm(m, q, b)"
+        " e = Relu(a) u = Gemm(e, q2, b) y = Reshape(u, back)",
+    ),
+    "tokens first": (
+        "N",
+        "float[64,N,8] y",
+        TOKENS + " t = Transpose<perm=[2,0,1]>(f) a = MatMul(t, q) e = Relu(a)"
+        " y = MatMul(e, q2)",
+    ),
+    "one batch size only, some images over": (
+        "3",
+        "float[3,8,6,6] y",
+        "s = Softmax<axis=0>(x) c = Conv<pads=[1,1,1,1]>(s, w, b) r = Relu(c)"
+        " y = Conv(r, w2, b)",
+    ),
+    "one image and one number at a time": (
+        "1",
+        "float[1,1] y",
+        "s = Softmax<axis=0>(x) c = Conv(s, w, b) r = Relu(c) p = GlobalAveragePool(r)"
+        " f = Flatten(p) y = Gemm(f, one, ob)",
+    ),
+    "weights behind a decision": (
+        "N",
+        "float[N,8,6,6] y",
+        "c = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(c) d = Conv<pads=[1,1,1,1]>(r, w2, b)"
+        " g = Greater(d, half) z = Where(g, r, half) y = Conv(z, w2, b)",
+    ),
+    "infinite slopes": (
+        "N",
+        "float[N,64,8] y",
+        TOKENS + " t = Transpose<perm=[0,2,1]>(f) a = MatMul(t, q) e = Relu(a) s = Sqrt(e)"
+        " y = MatMul(s, q2)",
+    ),
+    "no error": (
+        "N",
+        "float[N,8,6,6] y",
+        "c = Conv<pads=[1,1,1,1]>(x, nothing, dead) r = Relu(c) y = Conv(r, w2, b)",
+    ),
+}
+SHAPES = {"split": [0, 8, 64], "merge": [-1, 8], "back": [-1, 64, 8]}
+
+
+@pytest.mark.parametrize("reconstruction", ["mse", "fisher"])
+@pytest.mark.parametrize("rounding", ["adaround", "brecq"])
+@pytest.mark.parametrize("name", AWKWARD)
+def test_awkward_networks_learn_roundings_next_to_their_weights(
+    make_model, images, name, rounding, reconstruction
+):
+    batch, outputs, body = AWKWARD[name]
+    arrays = ARRAYS | {key: np.array(shape) for key, shape in SHAPES.items()}
+    arrays |= {"q": normal(8, 8), "q2": normal(8, 8), "one": normal(8, 1), "ob": normal(1)}
+    arrays |= {"nothing": np.zeros((8, 3, 3, 3), "f"), "dead": -np.ones(8, "f")}
+    arrays |= {"half": np.array(0.5, "f")}
+    text = f"g (float[{batch},3,8,8] x) => ({outputs}) {{ {body} }}"
+    used = {key: array for key, array in arrays.items() if f" {key}" in body.replace("(", " ")}
+    model = prepare_for_quantization(make_model(text, **used))
+    assert model.fixed_batch == (3 if batch == "3" else 1 if batch == "1" else None)
+    settings = QuantizeSettings(
+        weights=4,
+        rounding=rounding,
+        reconstruction=reconstruction,
+        rounding_iterations=8,
+        learn_exponents=True,
+    )
+    plan = quantize(model, images, settings).plan
+    values = initializers(model.proto)
+    for key, constant in plan.constants.items():
+        if constant.role == "weight":
+            quantizer = constant.quantizer
+            exact = values[key] / quantizer.scale_for(values[key].ndim)
+            exact = np.clip(exact, quantizer.qmin, quantizer.qmax)
+            assert np.abs(constant.integers - exact).max() < 1
+    write_qdq(model, plan)
+
+
+def test_images_are_mixed_only_where_each_has_a_row_of_its_own(make_model):
+    """64 tokens and batches of 64 images look alike; one run of a single image tells."""
+    model = make_model(
+        "g (float[N,3,8,8] x) => (float[64,N,3] y) {"
+        " f = Reshape(x, split) t = Transpose<perm=[2,0,1]>(f) y = Relu(t) }",
+        split=np.array([0, 3, 64]),
+    )
+    graph = TorchGraph(model.proto)
+    batches = [torch.zeros(64, 3, 8, 8)]
+    found = tensors_by_image(Lockstep(graph, {}, {}, batches))
+    flat = {name for step in graph.steps if step.op_type == "Reshape" for name in step.outputs}
+    assert found == {"x", *flat}
+    assert not tensors_by_image(Lockstep(graph, {}, {}, batches, whole_batches=True))
+
+
+def test_drawn_rows_belong_to_the_same_image():
+    ids = torch.arange(10)
+    batches = {"a": list(torch.split(ids, 4)), "b": list(torch.split(10 * ids, 4))}
+    for mixed in (True, False):
+        samples = Samples(
+            {"in": {"a": batches["a"]}, "out": {"b": batches["b"]}}, (4, 4, 2), mixed=mixed
+        )
+        drawn = samples.draw(8, torch.Generator().manual_seed(0))
+        assert sum(len(part["in"]["a"]) for part in drawn) >= (8 if mixed else 4)
+        for part in [*drawn, *samples.first(8)]:
+            assert torch.equal(part["out"]["b"], 10 * part["in"]["a"])
+        first = torch.cat([part["in"]["a"] for part in samples.first(8)])
+        assert torch.equal(first, ids[:8])
