@@ -509,10 +509,10 @@ def _print_result(report: Mapping[str, Any]) -> None:
     for clause in verdict.clauses:
         _stdout.print(f"  {clause}", markup=False)
     outputs = report["quantization"]["outputs"]
-    for output in outputs:
+    for output in outputs if len(outputs) > 1 else ():  # the verdict has that of a single one
         if output["agreement"] is not None:
             text = f"{_words(100 * output['agreement'])} % as in float"
-        elif output["sqnr_db"] is not None and len(outputs) > 1:
+        elif output["sqnr_db"] is not None:
             text = f"SQNR {_words(output['sqnr_db'])} dB"
         else:
             continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 
 import torch
 
@@ -79,6 +79,16 @@ class Lockstep:
         """Compute a node in the float network."""
         self._run(step, self.exact, {})
         self.pending.remove(step)
+
+    def run_exact_block(self, steps: Sequence[Step], outputs: Collection[str]) -> None:
+        """Compute nodes in the float network; of what they make only ``outputs`` are kept."""
+        inner = {name for step in steps for name in step.outputs}.difference(outputs)
+        last = {n: i for i, s in enumerate(steps) for n in (*s.inputs, *s.outputs)}
+        for index, step in enumerate(steps):
+            self.run_exact(step)
+            for name in inner.intersection((*step.inputs, *step.outputs)):
+                if last[name] == index:
+                    self.exact.pop(name, None)
 
     def run_rounded(self, step: Step) -> None:
         """Compute a node in the quantized network."""

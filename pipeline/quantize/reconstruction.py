@@ -86,8 +86,7 @@ def reconstruct(
     learned: dict[str, QuantizedConstant] = {}
     by_image = tensors_by_image(lockstep)
     for index, block in enumerate(blocks):
-        for step in block.steps:
-            lockstep.run_exact(step)
+        lockstep.run_exact_block(block.steps, block.outputs)
         targets = {
             name: lockstep.exact[name]
             for name in block.outputs

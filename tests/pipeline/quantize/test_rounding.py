@@ -386,3 +386,13 @@ def test_drawn_rows_belong_to_the_same_image():
             assert torch.equal(part["out"]["b"], 10 * part["in"]["a"])
         first = torch.cat([part["in"]["a"] for part in samples.first(8)])
         assert torch.equal(first, ids[:8])
+
+
+def test_inner_tensors_of_a_block_are_freed_and_its_outputs_kept(residual, images):
+    graph = TorchGraph(residual.proto)
+    lockstep = Lockstep(graph, {}, {}, [torch.from_numpy(images.load())])
+    gemm = graph.steps[-1]
+    (block, *_) = find_blocks(graph, [gemm.name])  # all that comes before it
+    lockstep.run_exact_block(block.steps, block.outputs)
+    assert len(block.steps) > 5
+    assert set(lockstep.exact) == {"x", *block.outputs}
