@@ -114,6 +114,13 @@ def test_the_tail_ends_where_decisions_begin(tmp_path, name):
     assert any("decide at the end" in note for note in model.notes) == bool(num_tail)
 
 
+@pytest.mark.parametrize("name", ["argmax", "topk"])
+def test_agreement_stands_in_the_terminal_once(tmp_path, capsys, name):
+    path = build(name, tmp_path / "m.onnx")
+    assert main(["quantize", str(path), "--num-images", "6", "--iterations", "3"]) == 0
+    assert capsys.readouterr().out.count("as in float") == 1
+
+
 @pytest.mark.parametrize("batch", ["N", "1"])
 @pytest.mark.parametrize("name", ["argmax", "topk", "greater", "detections"])
 def test_such_a_network_is_quantized_up_to_there(tmp_path, capsys, name, batch):
