@@ -140,7 +140,7 @@ class _Task:
     def learn_weights(
         self, sites: Sequence[Weighted], constants: Mapping[str, QuantizedConstant]
     ) -> tuple[dict[str, QuantizedConstant], dict[str, float]]:
-        """Learn the roundings; they are in force when this returns."""
+        """Learn the roundings; those that beat the nearest are in force when this returns."""
         how = self.how
         soft = {
             site.weight: SoftRounding(
@@ -175,9 +175,14 @@ class _Task:
             _mute_undefined(item.logits for item in soft.values())
             optimizer.step()
         found = {name: item.hard() for name, item in soft.items()}
-        self.constants.update(found)
+        before = {name: self.fixed[name] for name in found}
         self.fixed.update((name, torch.from_numpy(c.values)) for name, c in found.items())
-        return found, {"error": self._mean_error(inner) / nearest}
+        error = self._mean_error(inner) / nearest
+        if not error < 1:  # too few steps or images for this block
+            self.fixed.update(before)
+            return {}, {"error": 1.0}
+        self.constants.update(found)
+        return found, {"error": error}
 
     def learn_exponents(self, linked: Mapping[str, str]) -> None:
         """Learn the exponents of the quantizers in and behind the block."""

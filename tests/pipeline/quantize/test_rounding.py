@@ -232,6 +232,20 @@ def test_settings_outside_their_range_are_refused(options):
         QuantizeSettings(**options)
 
 
+def test_roundings_that_do_not_beat_the_nearest_are_not_kept(residual, images, monkeypatch):
+    monkeypatch.setattr("pipeline.quantize.reconstruction._LEARNING_RATE", 1e3)
+    plans = [
+        quantize(
+            residual,
+            images,
+            QuantizeSettings(rounding=rounding, rounding_iterations=3, bias_correction=False),
+        ).plan
+        for rounding in ("nearest", "adaround")
+    ]
+    for name, constant in plans[0].constants.items():
+        assert np.array_equal(constant.integers, plans[1].constants[name].integers)
+
+
 def test_same_seed_same_integers(residual, images):
     settings = QuantizeSettings(weights=4, rounding="brecq", rounding_iterations=20)
     plans = [quantize(residual, images, settings, seed=seed).plan for seed in (1, 1, 2)]
