@@ -5,11 +5,14 @@ The only place that writes them. For a quantized tensor ``t`` the file holds
 graph outputs keep their names (the operator then writes ``t_float``). Weights are integer
 initializers behind a DequantizeLinear, biases int32 with the scale of input times weight. Widths
 that have no integer type of their own live in the next wider one, saturated by a Clip on the
-integers.
+integers. A constant that several MatMuls read is written once for each of them: onnxruntime's
+precision option turns a MatMul's int8 weight into uint8 under one fixed new name, and fails at
+the second MatMul that reads it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -102,7 +105,7 @@ class _Writer:
         )
 
     def constant(self, name: str, constant: QuantizedConstant) -> str:
-        """Integer initializer behind a DequantizeLinear; returns the float name."""
+        """Integer initializer ``name`` behind a DequantizeLinear; returns the float name."""
         quantizer = constant.quantizer
         scale, zero = self.parameters(name, quantizer)
         self.initializers[f"{name}_q"] = constant.integers.astype(container(quantizer))
@@ -135,7 +138,8 @@ def write_qdq(
     writer = _Writer(model, plan)
     graph = model.proto.graph
     floats = initializers(model.proto)
-    written: dict[str, str] = {}
+    written: dict[tuple[str, int], str] = {}
+    matmuls: Counter[str] = Counter()
     float_nodes = {entry.node for entry in plan.float_nodes}
     absorbed_output = {
         node.input[0]: node.output[0] for node in graph.node if node.name in plan.absorbed
@@ -150,10 +154,12 @@ def write_qdq(
         takes_integers = node.op_type in _TAKES_INTEGERS and node.name not in float_nodes
         for index, name in enumerate(node.input):
             if name in plan.constants and takes_integers:
-                written[name] = written.get(name) or writer.constant(
-                    name, plan.constants[name]
-                )
-                copy.input[index] = written[name]
+                repeat = matmuls[name] if node.op_type == "MatMul" else 0
+                matmuls[name] += node.op_type == "MatMul"
+                if (name, repeat) not in written:
+                    own = f"{name}_again{repeat}" if repeat else name
+                    written[name, repeat] = writer.constant(own, plan.constants[name])
+                copy.input[index] = written[name, repeat]
             elif name in floats:
                 writer.initializers[name] = floats[name]
             else:

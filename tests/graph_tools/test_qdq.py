@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from graph_tools.qdq import dequantized_name, write_qdq
@@ -143,3 +144,26 @@ def test_float_nodes_read_exact_constants(make_model, run_onnx):
     (found,) = run_onnx(write_qdq(model, plan), image)
     expected = np.exp(S8.dequantize(S8.quantize(image)) * np.float32(0.3))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_weight_of_two_matmuls_runs_with_the_precision_option(make_model):
+    model = make_model(
+        "g (float[N,2,4,4] x) => (float[N,2,4,4] y) { a = MatMul(x, w) y = MatMul(a, w) }",
+        w=RNG.normal(size=(4, 4)).astype(np.float32),
+    )
+    weight = TensorQuantizer(bits=8, signed=True, exponent=-6)
+    integers = np.array(RNG.integers(-128, 128, (4, 4)), np.int32)
+    constant = QuantizedConstant(
+        integers=integers, quantizer=weight, role="weight", node=model.proto.graph.node[0].name
+    )
+    plan = Plan(tensors=dict.fromkeys(("x", "a", "y"), S8), constants={"w": constant})
+    written = write_qdq(model, plan).SerializeToString()
+    image = RNG.normal(size=(1, 2, 4, 4)).astype(np.float32)
+    found = []
+    for level, precision in (("ORT_DISABLE_ALL", "0"), ("ORT_ENABLE_ALL", "1")):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+        options.add_session_config_entry("session.x64quantprecision", precision)
+        session = onnxruntime.InferenceSession(written, options)
+        found.append(session.run(None, {"x": image})[0])
+    np.testing.assert_array_equal(found[0], found[1])
