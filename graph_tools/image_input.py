@@ -96,9 +96,17 @@ def find_image_input(
         )
     if not graph.input or not _is_image(graph.input[0]):
         raise ModelError(
-            f"no float input of rank 4 (NCHW or NHWC); inputs: {described}", where=where
+            f"no float input of rank 4 (NCHW or NHWC); inputs: {described}",
+            where=where,
+            hint="export the network with one float image batch as its input",
         )
     value = graph.input[0]
+    if any(output.name == value.name for output in graph.output):
+        raise ModelError(
+            f"output {value.name!r} is the input itself",
+            where=where,
+            hint="remove it from the outputs",
+        )
     shape, batch = _full_shape(value, input_shape, where=where)
     found, reason = _detect_layout(graph, value.name, shape)
     if layout is not None and layout != found:

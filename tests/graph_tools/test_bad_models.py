@@ -357,13 +357,20 @@ def test_graph_that_breaks_the_standard(tmp_path: Path) -> None:
 )
 def test_no_image_input(tmp_path: Path, bad: onnx.ValueInfoProto) -> None:
     proto = model([node("Identity", "x", "y")], inputs=[bad])
-    refused(tmp_path, proto, "no float input of rank 4")
+    assert refused(tmp_path, proto, "no float input of rank 4").hint
 
 
 def test_no_input_at_all(tmp_path: Path) -> None:
     proto = model([node("Identity", "c", "y")], {"c": WEIGHT})
     del proto.graph.input[:]
     refused(tmp_path, proto, "no float input of rank 4.*inputs: none")
+
+
+def test_output_that_is_the_input(tmp_path: Path) -> None:
+    proto = model([node("Relu", "x", "y")])
+    proto.graph.output.append(proto.graph.input[0])
+    error = refused(tmp_path, proto, "output 'x' is the input itself")
+    assert "remove" in error.hint
 
 
 def test_several_inputs(tmp_path: Path) -> None:
