@@ -72,6 +72,8 @@ class UnsupportedOperatorError(ModelError):
         hint: str = "export without them, or cut the model before them",
     ) -> None:
         self.missing = tuple(sorted(set(missing)))
+        if any(name.startswith("com.microsoft") for name in self.missing):
+            hint = f"if onnxruntime optimized this file, give the one before that; else {hint}"
         super().__init__(
             f"unsupported operator(s): {', '.join(self.missing)}",
             where=where,

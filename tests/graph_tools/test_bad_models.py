@@ -246,6 +246,13 @@ def test_unknown_operators_are_all_listed(tmp_path: Path) -> None:
     assert error.missing == ("Wizard", "ai.onnx.ml:Normalizer", "com.acme:Magic")
 
 
+def test_file_that_onnxruntime_optimized(tmp_path: Path) -> None:
+    proto = model(
+        [node("QuickGelu", "x", "y", domain="com.microsoft")], imports=[("com.microsoft", 1)]
+    )
+    assert "before that" in refused(tmp_path, proto, "com.microsoft:QuickGelu").hint
+
+
 def test_unknown_operator_inside_a_function(tmp_path: Path) -> None:
     body = [node("Magic", "a", "b", domain="com.acme")]
     imported = [helper.make_opsetid("", 17), helper.make_opsetid("com.acme", 1)]
