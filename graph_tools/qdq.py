@@ -5,9 +5,9 @@ The only place that writes them. For a quantized tensor ``t`` the file holds
 graph outputs keep their names (the operator then writes ``t_float``). Weights are integer
 initializers behind a DequantizeLinear, biases int32 with the scale of input times weight. Widths
 that have no integer type of their own live in the next wider one, saturated by a Clip on the
-integers. A constant that several MatMuls read is written once for each of them: onnxruntime's
-precision option turns a MatMul's int8 weight into uint8 under one fixed new name, and fails at
-the second MatMul that reads it.
+integers. A constant that several operators read is written once for each of them: onnxruntime's
+precision option turns int8 constants into uint8 under one fixed new name, and fails at the second
+operator that reads one.
 """
 
 from __future__ import annotations
@@ -138,8 +138,7 @@ def write_qdq(
     writer = _Writer(model, plan)
     graph = model.proto.graph
     floats = initializers(model.proto)
-    written: dict[tuple[str, int], str] = {}
-    matmuls: Counter[str] = Counter()
+    times_read: Counter[str] = Counter()
     float_nodes = {entry.node for entry in plan.float_nodes}
     absorbed_output = {
         node.input[0]: node.output[0] for node in graph.node if node.name in plan.absorbed
@@ -154,12 +153,9 @@ def write_qdq(
         takes_integers = node.op_type in _TAKES_INTEGERS and node.name not in float_nodes
         for index, name in enumerate(node.input):
             if name in plan.constants and takes_integers:
-                repeat = matmuls[name] if node.op_type == "MatMul" else 0
-                matmuls[name] += node.op_type == "MatMul"
-                if (name, repeat) not in written:
-                    own = f"{name}_again{repeat}" if repeat else name
-                    written[name, repeat] = writer.constant(own, plan.constants[name])
-                copy.input[index] = written[name, repeat]
+                own = f"{name}_again{times_read[name]}" if times_read[name] else name
+                times_read[name] += 1
+                copy.input[index] = writer.constant(own, plan.constants[name])
             elif name in floats:
                 writer.initializers[name] = floats[name]
             else:

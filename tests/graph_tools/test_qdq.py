@@ -146,9 +146,11 @@ def test_float_nodes_read_exact_constants(make_model, run_onnx):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_weight_of_two_matmuls_runs_with_the_precision_option(make_model):
+@pytest.mark.parametrize("operator", ["MatMul", "Add", "Sub", "Mul"])
+def test_a_constant_with_two_readers_runs_with_the_precision_option(make_model, operator):
     model = make_model(
-        "g (float[N,2,4,4] x) => (float[N,2,4,4] y) { a = MatMul(x, w) y = MatMul(a, w) }",
+        "g (float[N,2,4,4] x) => (float[N,2,4,4] y) {"
+        f" a = {operator}(x, w) y = {operator}(a, w) }}",
         w=RNG.normal(size=(4, 4)).astype(np.float32),
     )
     weight = TensorQuantizer(bits=8, signed=True, exponent=-6)
