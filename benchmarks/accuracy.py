@@ -22,6 +22,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,29 @@ def run_cell(name: str, images: str, seed: int, args: argparse.Namespace) -> dic
     }
 
 
+def run_cells(
+    args: argparse.Namespace,
+    run: Callable[[str, str, int], dict[str, Any]],
+    describe: Callable[[dict[str, Any]], str],
+) -> dict[str, dict[str, Any]]:
+    """Run the cells that the results file does not hold yet; it is written after each."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    cells: dict[str, dict[str, Any]] = {}
+    if args.output.exists() and not args.fresh:
+        cells = json.loads(args.output.read_text())
+    for name in args.networks:
+        for images in args.images:
+            for seed in args.seeds if images != "float" else [0]:
+                key = f"{name}/{images}/{seed}"
+                if key not in cells:
+                    cells[key] = run(name, images, seed)
+                    args.output.write_text(json.dumps(cells, indent=1) + "\n")
+                    print(f"{key}: {describe(cells[key])}", flush=True)
+    return cells
+
+
 def print_table(cells: dict[str, dict[str, Any]], names: list[str]) -> None:
     columns = ("float", "real", "dgh", "noise", "normal")
     print(
@@ -190,20 +214,11 @@ def main() -> None:
     if args.output is None:
         scheme = f"_w{args.weights}a{args.activations}_{args.rounding}"
         args.output = RESULTS / f"accuracy{scheme if scheme != '_w8a8_nearest' else ''}.json"
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    cells: dict[str, dict[str, Any]] = {}
-    if args.output.exists() and not args.fresh:
-        cells = json.loads(args.output.read_text())
-    for name in args.networks:
-        for images in args.images:
-            for seed in args.seeds if images != "float" else [0]:
-                key = f"{name}/{images}/{seed}"
-                if key not in cells:
-                    cells[key] = run_cell(name, images, seed, args)
-                    args.output.write_text(json.dumps(cells, indent=1) + "\n")
-                    print(f"{key}: {cells[key]['top1']:.2f} ({cells[key]['seconds']:.0f} s)")
+    cells = run_cells(
+        args,
+        lambda name, images, seed: run_cell(name, images, seed, args),
+        lambda cell: f"{cell['top1']:.2f} ({cell['seconds']:.0f} s)",
+    )
     print_table(cells, args.networks)
 
 

@@ -19,15 +19,13 @@ file holds already are not run again (--fresh runs all).
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from accuracy import CASES, RESULTS, SHARED
+from accuracy import CASES, RESULTS, SHARED, run_cells
 
 from graph_tools.batchnorm import fold_batch_norms
 from graph_tools.model import load, save
@@ -130,20 +128,11 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS / "prior.json")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    cells: dict[str, dict[str, Any]] = {}
-    if args.output.exists() and not args.fresh:
-        cells = json.loads(args.output.read_text())
-    for name in args.networks:
-        for images in args.images:
-            for seed in args.seeds if images != "float" else [0]:
-                key = f"{name}/{images}/{seed}"
-                if key not in cells:
-                    cells[key] = run_cell(name, images, seed, args.threads)
-                    args.output.write_text(json.dumps(cells, indent=1) + "\n")
-                    print(f"{key}: {cells[key]['w8']:.2f} {cells[key]['w4']:.2f}", flush=True)
+    cells = run_cells(
+        args,
+        lambda name, images, seed: run_cell(name, images, seed, args.threads),
+        lambda cell: f"{cell['w8']:.2f} {cell['w4']:.2f}",
+    )
     print_table(cells, args.networks)
 
 
