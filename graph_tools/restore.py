@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from graph_tools.batchnorm import find_batch_norms
 from graph_tools.equivalence import largest_difference, run_model
 from graph_tools.errors import ModelError
 from graph_tools.folded_units import Unit, find_units, from_rows
@@ -82,7 +83,7 @@ def restore_batch_norms(model: Model, side: SideFile) -> Restoration:
     matches = tuple(result.match for result in found)
     count = sum(match.state == "restored" for match in matches)
     if units and not any(match.state != "unmatched" for match in matches):
-        raise _nothing(units, matches, side)
+        raise _nothing(model, units, matches, side)
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     graph = proto.graph
@@ -186,7 +187,16 @@ def _difference(model: Model, restored: Model) -> float:
         ) from error
 
 
-def _nothing(units: list[Unit], matches: tuple[Match, ...], side: SideFile) -> ModelError:
+def _nothing(
+    model: Model, units: list[Unit], matches: tuple[Match, ...], side: SideFile
+) -> ModelError:
+    kept = len(find_batch_norms(model))
+    hint = "give the file that this network was exported from, of the same training run"
+    if kept:
+        hint = (
+            f"the network still has {kept} BatchNormalization node(s) and may need no others; "
+            f"else {hint}"
+        )
     partly = [match for match in matches if match.weight]
     closest = (
         f"; closest: '{partly[0].node}' is proportional to '{partly[0].weight}', but no "
@@ -199,5 +209,5 @@ def _nothing(units: list[Unit], matches: tuple[Match, ...], side: SideFile) -> M
         f"{units[0].weight_shape}, with {len(side.weights)} weight tensor(s) and "
         f"{len(side.norms)} BatchNormalization(s) by value{closest}",
         where=str(side.path),
-        hint="give the file that this network was exported from, of the same training run",
+        hint=hint,
     )

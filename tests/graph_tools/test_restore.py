@@ -285,6 +285,13 @@ def test_mul_and_add_on_their_own(tmp_path: Path) -> None:
     np.testing.assert_array_equal(find_batch_norms(restored.model)[0].mean, site.mean)
 
 
+def test_a_network_that_kept_its_statistics_is_told_so(digits_models: Path) -> None:
+    model = load(digits_models / "digits_resnet.onnx")
+    other = read_side_file(digits_models / "digits_mobilenet.onnx")
+    with pytest.raises(ModelError, match="the network still has 8 BatchNormalization node"):
+        restore_batch_norms(model, other)
+
+
 def test_a_batch_norm_folded_forward_is_named(tmp_path: Path) -> None:
     network = trained(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)))
     torch.save(network.state_dict(), tmp_path / "t.pt")
