@@ -20,10 +20,15 @@ from pipeline.images import ImageSet
 from pipeline.quantize.bias_correction import correct_biases
 from pipeline.quantize.lockstep import Lockstep
 from pipeline.quantize.observe import Histogram, observe
-from pipeline.quantize.placement import Placement, Weighted, place
+from pipeline.quantize.placement import Placement, place
 from pipeline.quantize.reconstruction import Reconstruction, reconstruct
 from pipeline.quantize.thresholds import activation_exponent, ceil_log2
-from pipeline.quantize.weights import quantize_bias, quantize_operand, quantize_weight
+from pipeline.quantize.weights import (
+    input_exponent,
+    quantize_bias,
+    quantize_operand,
+    quantize_weight,
+)
 from pipeline.settings import QuantizeSettings
 
 __all__ = ["Quantization", "quantize"]
@@ -100,12 +105,15 @@ def quantize(
         tensors[tensor] = tensors[root]
     values = initializers(model.proto)
     constants = _constants(placement, tensors, values, settings)
+
+    def side_by_side() -> Lockstep:
+        whole = model.fixed_batch is not None
+        return Lockstep(graph, tensors, constants, batches(), whole_batches=whole)
+
     notes = []
     if settings.rounding != "nearest":
-        lockstep = Lockstep(
-            graph, tensors, constants, batches(), whole_batches=model.fixed_batch is not None
-        )
-        constants.update(_learn(lockstep, placement, constants, settings, seed, on_step))
+        lockstep = side_by_side()
+        constants.update(_learn(lockstep, placement, settings, seed, on_step))
         absorbed = _absorb_activations(placement, tensors)
         constants.update(_biases(placement, tensors, constants, values))
         notes.append(
@@ -113,13 +121,10 @@ def quantize(
         )
         on_step = None  # what is left is quick
     if settings.bias_correction:
-        lockstep = Lockstep(
-            graph, tensors, constants, batches(), whole_batches=model.fixed_batch is not None
-        )
+        lockstep = side_by_side()
         corrected = correct_biases(
             lockstep,
             placement.weighted,
-            constants,
             {
                 site.bias: values[site.bias]
                 for site in placement.weighted.values()
@@ -218,7 +223,6 @@ def _absorb_activations(
 def _learn(
     lockstep: Lockstep,
     placement: Placement,
-    constants: Mapping[str, QuantizedConstant],
     settings: QuantizeSettings,
     seed: int,
     on_step: OnStep | None,
@@ -241,7 +245,6 @@ def _learn(
             apart={node.node for node in placement.float_nodes},
         ),
         placement.weighted,
-        constants,
         {**placement.shares, **dict(placement.activations.values())},
         how,
         torch.Generator().manual_seed(seed),
@@ -278,7 +281,7 @@ def _constants(
             site,
             values[site.weight],
             values[site.bias] if site.bias else None,
-            _input_exponent(site, tensors),
+            input_exponent(site, tensors),
             bits=settings.weights,
             metric=settings.threshold,
         )
@@ -300,15 +303,9 @@ def _biases(
         site.bias: quantize_bias(
             site,
             values[site.bias],
-            _input_exponent(site, tensors),
+            input_exponent(site, tensors),
             constants[site.weight],
         )
         for site in placement.weighted.values()
         if site.bias
     }
-
-
-def _input_exponent(site: Weighted, tensors: Mapping[str, TensorQuantizer]) -> int:
-    exponent = tensors[site.input].exponent
-    assert isinstance(exponent, int)
-    return exponent

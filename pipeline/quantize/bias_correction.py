@@ -18,7 +18,7 @@ import torch
 from graph_tools.quantizer import QuantizedConstant
 from pipeline.quantize.lockstep import Batches, Lockstep
 from pipeline.quantize.placement import Weighted
-from pipeline.quantize.weights import quantize_bias
+from pipeline.quantize.weights import input_exponent, quantize_bias
 
 __all__ = ["correct_biases"]
 
@@ -28,7 +28,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 def correct_biases(
     lockstep: Lockstep,
     weighted: Mapping[str, Weighted],
-    constants: Mapping[str, QuantizedConstant],
     biases: Mapping[str, Array],
     *,
     on_step: Callable[[int, int], None] | None = None,
@@ -38,7 +37,6 @@ def correct_biases(
     Args:
         lockstep: both networks, at their beginning.
         weighted: operators with constant weights, by node name.
-        constants: integers of weights, biases and operands, by initializer name.
         biases: float biases by initializer name, [channels].
         on_step: called with (operators done, operators).
 
@@ -55,8 +53,8 @@ def correct_biases(
             bias = quantize_bias(
                 site,
                 biases[site.bias] + _mean_error(exact, rounded, site.channel_axis),
-                int(lockstep.tensors[site.input].exponent),  # type: ignore[arg-type]
-                constants[site.weight],
+                input_exponent(site, lockstep.tensors),
+                lockstep.constants[site.weight],
             )
             change = torch.from_numpy(bias.values - lockstep.constants[site.bias].values)
             corrected[site.bias] = lockstep.constants[site.bias] = bias

@@ -60,7 +60,6 @@ def reconstruct(
     lockstep: Lockstep,
     blocks: Sequence[Block],
     weighted: Mapping[str, Weighted],
-    constants: Mapping[str, QuantizedConstant],
     linked: Mapping[str, str],
     how: Reconstruction,
     generator: torch.Generator,
@@ -70,11 +69,10 @@ def reconstruct(
     """Learn the integers of every weight, and the exponents of the activations.
 
     Args:
-        lockstep: both networks, at their beginning. The learned exponents replace those of its
-            quantizers.
+        lockstep: both networks, at their beginning, weights rounded to nearest. What is learned
+            replaces its weights and the exponents of its quantizers.
         blocks: the graph, cut into blocks that can run one after the other.
         weighted: operators with constant weights, by node name.
-        constants: weights rounded to nearest, by initializer name.
         linked: tensors that must have the quantizer of another, with that one.
         how: settings.
         generator: draws images and dropped elements.
@@ -104,7 +102,7 @@ def reconstruct(
                 mixed=by_image.issuperset({*inputs, *targets}),
             )
             task = _Task(lockstep, block, tuple(targets), samples, how, generator)
-            found, terms = task.learn_weights([weighted[n] for n in block.layers], constants)
+            found, terms = task.learn_weights([weighted[n] for n in block.layers])
             learned.update(found)
             if how.exponents:
                 task.learn_exponents(linked)
@@ -138,13 +136,13 @@ class _Task:
         self.made = [n for s in block.steps for n in s.outputs if n in self.quantizers]
 
     def learn_weights(
-        self, sites: Sequence[Weighted], constants: Mapping[str, QuantizedConstant]
+        self, sites: Sequence[Weighted]
     ) -> tuple[dict[str, QuantizedConstant], dict[str, float]]:
         """Learn the roundings; those that beat the nearest are in force when this returns."""
         how = self.how
         soft = {
             site.weight: SoftRounding(
-                self.graph.constants[site.weight], constants[site.weight]
+                self.graph.constants[site.weight], self.constants[site.weight]
             )
             for site in sites
         }

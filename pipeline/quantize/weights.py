@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,20 @@ from graph_tools.quantizer import QuantizedConstant, TensorQuantizer
 from pipeline.quantize.placement import Weighted
 from pipeline.quantize.thresholds import Metric, ceil_log2, weight_exponents
 
-__all__ = ["quantize_bias", "quantize_operand", "quantize_weight"]
+__all__ = ["input_exponent", "quantize_bias", "quantize_operand", "quantize_weight"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 BIAS_BITS = 22
 """The bias of a channel stays below 2**22 steps, so that accumulators stay below 2**24, where
 float32 simulation is exact, in all but extreme cases, and int32 never overflows."""
+
+
+def input_exponent(site: Weighted, tensors: Mapping[str, TensorQuantizer]) -> int:
+    """Exponent of the scale of an operator's input."""
+    exponent = tensors[site.input].exponent
+    assert isinstance(exponent, int)  # activations have one scale
+    return exponent
 
 
 def quantize_weight(
