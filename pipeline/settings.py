@@ -6,6 +6,7 @@ The command line builds its flags and help from these classes and their attribut
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,6 +100,11 @@ class QuantizeSettings:
     """Bits of the activations."""
     scheme: Literal["full"] = "full"
     """full: every tensor that crosses an operator, input and outputs included."""
+    bits: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """PATTERN=W4A8 (or =W4, =A16): other bits for the layers or tensors that PATTERN names; may be
+    repeated, later ones win. A shell pattern on node names (W: the weight, A: what the node makes)
+    or tensor names (A), or one of @first @last @depthwise (W, A) @input @output @add @into-last
+    (A)."""
     threshold: Literal["mse", "mae", "kl", "no-clipping"] = "mse"
     """Error that the power-of-two threshold search minimizes."""
     rounding: Literal["nearest", "adaround", "brecq"] = "nearest"
@@ -126,6 +132,33 @@ class QuantizeSettings:
         iterations = self.rounding_iterations
         _require(iterations >= 0, "rounding_iterations", iterations, "0 or more")
         _require(0 <= self.qdrop <= 1, "qdrop", self.qdrop, "in 0..1")
+        self.widths()
+
+    def widths(self) -> tuple[tuple[str, int | None, int | None], ...]:
+        """Entries of ``bits``: pattern, bits of weights, bits of activations (None: as they are).
+
+        Raises:
+            SettingsError: not PATTERN=W4A8, or a width that does not exist.
+        """
+        return tuple(_width_entry(entry) for entry in self.bits)
+
+
+_WIDTHS = {"W": (2, 3, 4, 8), "A": (4, 8, 16)}
+
+
+def _width_entry(entry: str) -> tuple[str, int | None, int | None]:
+    pattern, _, words = entry.rpartition("=")
+    found = re.fullmatch(r"(?:W(\d+))?(?:A(\d+))?", words.upper())
+    good = bool(pattern and words) and found is not None
+    _require(good, "bits", entry, "PATTERN=W4A8, PATTERN=W4 or PATTERN=A8")
+    assert found is not None
+    numbers = [None if text is None else int(text) for text in found.groups()]
+    for (letter, known), number in zip(_WIDTHS.items(), numbers, strict=True):
+        if number is not None:
+            listed = ", ".join(f"{letter}{bits}" for bits in known)
+            text = f"{letter}{number} in {entry}"
+            _require(number in known, "bits", text, f"a width that exists: {listed}")
+    return pattern, numbers[0], numbers[1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from pipeline.quantize.weights import (
     quantize_operand,
     quantize_weight,
 )
+from pipeline.quantize.widths import Widths, choose_widths
 from pipeline.settings import QuantizeSettings
 
 __all__ = ["Quantization", "quantize"]
@@ -90,6 +91,7 @@ def quantize(
             where=str(model.source or "model"),
             hint="there is nothing to quantize",
         )
+    widths = choose_widths(placement, graph.steps, replace(model, outputs=tail.ends), settings)
     size = _batch_size(model)
 
     def batches() -> Iterator[torch.Tensor]:
@@ -99,12 +101,13 @@ def quantize(
             yield torch.from_numpy(batch)
 
     histograms = observe(graph, placement.roots, batches)
-    tensors = _activation_quantizers(placement, histograms, settings, model.input.name)
+    tensors = _activation_quantizers(placement, histograms, widths, settings, model.input.name)
     absorbed = _absorb_activations(placement, tensors)
     for tensor, root in placement.shares.items():
         tensors[tensor] = tensors[root]
     values = initializers(model.proto)
-    constants = _constants(placement, tensors, values, settings)
+    results = {step.name: step.outputs[0] for step in graph.steps}
+    constants = _constants(placement, tensors, values, widths, settings, results)
 
     def side_by_side() -> Lockstep:
         whole = model.fixed_batch is not None
@@ -172,10 +175,10 @@ def _batch_size(model: Model) -> int:
 def _activation_quantizers(
     placement: Placement,
     histograms: Mapping[str, Histogram],
+    widths: Widths,
     settings: QuantizeSettings,
     input_name: str,
 ) -> dict[str, TensorQuantizer]:
-    bits = settings.activations
     quantizers = {}
     bounds = {
         after: placement.clip_bounds[node][1]
@@ -183,7 +186,7 @@ def _activation_quantizers(
         if node in placement.clip_bounds
     }
     for name in placement.roots:
-        histogram = histograms[name]
+        histogram, bits = histograms[name], widths.activations[name]
         signed = name not in placement.nonnegative and not (
             name == input_name and histogram.low >= 0
         )
@@ -273,8 +276,11 @@ def _constants(
     placement: Placement,
     tensors: Mapping[str, TensorQuantizer],
     values: Mapping[str, Array],
+    widths: Widths,
     settings: QuantizeSettings,
+    results: Mapping[str, str],
 ) -> dict[str, QuantizedConstant]:
+    """Integers of all constants; ``results``: the tensor that each node makes."""
     constants = {}
     for site in placement.weighted.values():
         constants[site.weight] = quantize_weight(
@@ -282,14 +288,15 @@ def _constants(
             values[site.weight],
             values[site.bias] if site.bias else None,
             input_exponent(site, tensors),
-            bits=settings.weights,
+            bits=widths.weights[site.node],
             metric=settings.threshold,
         )
     constants.update(_biases(placement, tensors, constants, values))
     for name, node in placement.operands.items():
-        constants[name] = quantize_operand(
-            node, values[name], bits=min(settings.activations, 8)
-        )
+        made = results[node]  # an operand has the width of the result, Relu or Clip included
+        made = dict(placement.activations.values()).get(made, made)
+        bits = widths.activations.get(placement.shares.get(made, made), settings.activations)
+        constants[name] = quantize_operand(node, values[name], bits=bits)
     return constants
 
 
