@@ -160,6 +160,7 @@ class Plan:
         midpoint: signed tensors stored unsigned around the middle (uint8 with zero point 128):
             the same values, in the form for which onnxruntime has integer kernels.
         float_nodes: operators that stay in float.
+        float_results: operators on integers whose result stays in float.
     """
 
     tensors: Mapping[str, TensorQuantizer]
@@ -168,6 +169,7 @@ class Plan:
     shares: Mapping[str, str] = field(default_factory=dict)
     midpoint: frozenset[str] = frozenset()
     float_nodes: tuple[FloatNode, ...] = ()
+    float_results: tuple[FloatNode, ...] = ()
 
     def save(self, path: Path) -> None:
         """Write ``path`` (JSON) and, beside it, the integers as ``.safetensors``.
@@ -185,10 +187,8 @@ class Plan:
             "absorbed": dict(self.absorbed),
             "shares": dict(self.shares),
             "midpoint": sorted(self.midpoint),
-            "float_nodes": [
-                {"node": f.node, "op_type": f.op_type, "reason": f.reason}
-                for f in self.float_nodes
-            ],
+            "float_nodes": [dict(vars(entry)) for entry in self.float_nodes],
+            "float_results": [dict(vars(entry)) for entry in self.float_results],
         }
         integers = {
             name: np.asarray(constant.integers, order="C")
@@ -235,6 +235,9 @@ class Plan:
                 shares=document["shares"],
                 midpoint=frozenset(document["midpoint"]),
                 float_nodes=tuple(FloatNode(**entry) for entry in document["float_nodes"]),
+                float_results=tuple(
+                    FloatNode(**entry) for entry in document.get("float_results", ())
+                ),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"not a readable plan: {error}", where=str(path)) from error

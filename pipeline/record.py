@@ -274,7 +274,7 @@ class Record:
             "seconds": seconds,
             "power_of_two": True,
             "tensors": tensors,
-            "float": [asdict(entry) for entry in plan.float_nodes],
+            "float": [asdict(e) for e in (*plan.float_nodes, *plan.float_results)],
             "absorbed": [
                 {"node": node, "op_type": operators[node], "into": tensor}
                 for node, tensor in plan.absorbed.items()

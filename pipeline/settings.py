@@ -98,8 +98,10 @@ class QuantizeSettings:
     """Bits of the weights."""
     activations: Literal[16, 8, 4] = 8
     """Bits of the activations."""
-    scheme: Literal["full"] = "full"
-    """full: every tensor that crosses an operator, input and outputs included."""
+    scheme: Literal["full", "academic"] = "full"
+    """full: every tensor that crosses an operator, input and outputs included; academic (BRECQ's):
+    8 bits at the first and last layers, float outputs, residual branches rounded once, behind
+    their Add."""
     bits: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """PATTERN=W4A8 (or =W4, =A16): other bits for the layers or tensors that PATTERN names; may be
     repeated, later ones win. A shell pattern on node names (W: the weight, A: what the node makes)

@@ -69,7 +69,8 @@ def quantize(
     """Choose all quantizers of ``model`` from ``images``.
 
     Full scheme (HPTQ, arXiv 2109.09113): every tensor that crosses an operator,
-    input and outputs included; weights per output channel; int32 biases.
+    input and outputs included; weights per output channel; int32 biases. The academic
+    scheme (BRECQ, arXiv 2102.05426) leaves some in float: `pipeline.quantize.placement`.
 
     Args:
         model: a network prepared for quantization.
@@ -84,7 +85,7 @@ def quantize(
     """
     tail = find_integer_tail(model.proto)
     graph = TorchGraph(model.proto, outputs=tail.ends)
-    placement = place(replace(model, outputs=tail.ends), graph.steps)
+    placement = place(replace(model, outputs=tail.ends), graph.steps, scheme=settings.scheme)
     if not placement.weighted:
         raise ModelError(
             "no convolution, Gemm or MatMul with constant weights",
@@ -144,6 +145,7 @@ def quantize(
         shares=placement.shares,
         midpoint=_midpoint(placement, tensors, settings),
         float_nodes=(*placement.float_nodes, *_left_alone(model, tail)),
+        float_results=placement.float_results,
     )
     clipped = {
         name: histogram.clipped_percent(

@@ -15,12 +15,19 @@ what a Div divides by, or Log reads   none, nor the arithmetic that leads there:
 positions that GridSample, ... read   none, nor the arithmetic that leads there
 integers, booleans, shapes            none
 ====================================  ==========================================================
+
+The academic scheme is that of BRECQ (arXiv 2102.05426, section 4): outputs of layers that only an
+Add of two tensors reads have none, so a residual branch is rounded once, behind the Add; what the
+last layers compute, and all behind it, has none either. BRECQ's input has none; here images keep
+theirs, which costs nothing where they have 8 bits to begin with, and the first layer is a layer of
+integers like the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -99,6 +106,7 @@ class Placement:
         clip_bounds: (low, high) of each Clip by node name.
         num_readers: how often operators read each tensor; being a graph output counts as one.
         float_nodes: what stays in float, and why.
+        float_results: layers whose result stays in float, and why.
     """
 
     roots: tuple[str, ...]
@@ -111,6 +119,7 @@ class Placement:
     clip_bounds: Mapping[str, tuple[float, float]]
     num_readers: Mapping[str, int]
     float_nodes: tuple[FloatNode, ...]
+    float_results: tuple[FloatNode, ...] = ()
 
 
 def treatment(op_type: str) -> str:
@@ -124,19 +133,22 @@ def treatment(op_type: str) -> str:
     return "between quantizers"
 
 
-def place(model: Model, steps: Sequence[Step]) -> Placement:
+def place(
+    model: Model, steps: Sequence[Step], *, scheme: Literal["full", "academic"] = "full"
+) -> Placement:
     """Decide which tensors of a prepared network are quantized.
 
     Args:
         model: the network, prepared for quantization.
         steps: its operators in topological order.
+        scheme: every tensor of the table, or those of the academic scheme.
     """
-    return _Placer(model, steps).run()
+    return _Placer(model, steps, scheme == "academic").run()
 
 
 class _Placer:
-    def __init__(self, model: Model, steps: Sequence[Step]) -> None:
-        self.model, self.steps = model, steps
+    def __init__(self, model: Model, steps: Sequence[Step], academic: bool) -> None:
+        self.model, self.steps, self.academic = model, steps, academic
         self.constants = initializers(model.proto)
         self.types = _element_types(model.proto)
         self.readers: dict[str, list[Step]] = {}
@@ -186,14 +198,44 @@ class _Placer:
         readers = self.readers.get(tensor, [])
         return readers[0] if len(readers) == 1 and tensor not in self.model.outputs else None
 
-    def _float_nodes(self) -> dict[str, FloatNode]:
-        """Decoding behind the last weighted operator, and all that depends on it."""
+    def _before_weights(self) -> tuple[set[str], set[str]]:
+        """Weighted nodes and those that lead to one; the tensors that lead to one."""
         before_weights: set[str] = set()
         wanted: set[str] = set()
         for step in reversed(self.steps):
             if step.name in self.weighted or wanted.intersection(step.outputs):
                 before_weights.add(step.name)
                 wanted.update(step.inputs)
+        return before_weights, wanted
+
+    def _float_results(self) -> dict[str, FloatNode]:
+        """What the academic scheme leaves in float, by tensor: residual branches and results."""
+        found = {}
+        _, wanted = self._before_weights()
+        for step in self.steps if self.academic else ():
+            if step.name not in self.weighted:
+                continue
+            reader = self._only_reader(step.outputs[0])
+            if not wanted.intersection(step.outputs):
+                reason = "its result is the network's (academic scheme)"
+            elif (
+                reader is not None
+                and reader.op_type == "Add"
+                and not any(name in self.constants for name in reader.inputs)
+            ):
+                reason = (
+                    f"only {reader.name} reads its result, and is rounded (academic scheme)"
+                )
+            else:
+                continue
+            found[step.outputs[0]] = FloatNode(
+                node=step.name, op_type=step.op_type, reason=reason
+            )
+        return found
+
+    def _float_nodes(self) -> dict[str, FloatNode]:
+        """Decoding behind the last weighted operator, and all that depends on it."""
+        before_weights, _ = self._before_weights()
         floats: dict[str, FloatNode] = {}
         tensors: set[str] = set()
         live = self._live()
@@ -207,6 +249,8 @@ class _Placer:
                 reason = "decoding of the outputs, behind the last weighted operator"
             elif step.op_type in _CONSTANT_OPERANDS and self._constant_operand(step):
                 reason = "arithmetic with a constant behind the last weighted operator"
+            elif self.academic:
+                reason = "behind the last weighted operator (academic scheme)"
             if reason:
                 tensors.update(step.outputs)
                 floats[step.name] = FloatNode(
@@ -258,6 +302,7 @@ class _Placer:
 
     def run(self) -> Placement:
         floats = self._float_nodes()
+        results = self._float_results()
         live = self._live()
         unrounded = self._unrounded()
         input_name = self.model.input.name
@@ -271,7 +316,7 @@ class _Placer:
         for step in self.steps:
             if step.op_type == "Clip":
                 clip_bounds[step.name] = self._clip_bounds(step)
-            is_float = step.name in floats or step.outputs[0] in unrounded
+            is_float = step.name in floats or step.outputs[0] in {*unrounded, *results}
             if not is_float and step.op_type in _CONSTANT_OPERANDS:
                 operand = self._constant_operand(step)
                 if operand is not None and live.intersection(step.inputs):
@@ -321,6 +366,7 @@ class _Placer:
                 for tensor in root
             },
             float_nodes=tuple(floats.values()),
+            float_results=tuple(results.values()),
         )
 
     def _shared_root(self, step: Step, root: Mapping[str, str]) -> str | None:

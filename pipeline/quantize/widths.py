@@ -1,8 +1,9 @@
 """How many bits each weight and each activation has.
 
 One width for all weights and one for all activations (`QuantizeSettings.weights` and
-``.activations``), then ``--bits PATTERN=W4A8``, one after the other: later entries win. A pattern
-is
+``.activations``), then the scheme's exceptions, then ``--bits PATTERN=W4A8``, one after the other:
+later entries win. The academic scheme has at least 8 bits in the weights of the first and last
+layers, what the first make, what the last read, and the image. A pattern is
 
 - a shell pattern on node names. W: the weight of that layer; A: the quantizer of the tensor that
   the node makes, behind the Relu or Clip that it absorbs;
@@ -33,6 +34,8 @@ from pipeline.quantize.placement import Placement
 from pipeline.settings import QuantizeSettings
 
 __all__ = ["Widths", "choose_widths"]
+
+_ACADEMIC = ("@input", "@first", "@into-last")  # activations of at least 8 bits
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -70,6 +73,12 @@ def choose_widths(
     activations: dict[str, int] = dict.fromkeys(placement.roots, settings.activations)
     names = _Names(placement, steps, model)
     named: set[str] = set()
+    if settings.scheme == "academic":
+        few = {root for name in _ACADEMIC for root in names.roots(name, required=False)}
+        activations.update((root, max(8, activations[root])) for root in few)
+        ends = names.layers("@first") | names.layers("@last")
+        weights.update((name, max(8, weights[name])) for name in ends)
+        named.update(ends)
     for pattern, weight_bits, activation_bits in settings.widths():
         if weight_bits is not None:
             found = names.layers(pattern)
@@ -125,8 +134,8 @@ class _Names:
         shared = {self._weighted[name].weight for name in found}
         return {name for name, site in self._weighted.items() if site.weight in shared}
 
-    def roots(self, pattern: str) -> set[str]:
-        """Tensors whose quantizer ``pattern`` names."""
+    def roots(self, pattern: str, *, required: bool = True) -> set[str]:
+        """Tensors whose quantizer ``pattern`` names; none may be unless ``required``."""
         nodes = self._layer_classes.get(pattern, set())
         tensors = self._tensor_classes.get(pattern, set())
         if not pattern.startswith("@"):
@@ -134,7 +143,7 @@ class _Names:
             tensors = {name for name in self._root if _matches(name, pattern)}
         found = {root for name in nodes for root in self._made[name]}
         found |= {self._root[name] for name in tensors if name in self._root}
-        if not found:
+        if not found and required:
             named = [*(n for n, made in self._made.items() if made), *self._root]
             classes = {**self._layer_classes, **self._tensor_classes}
             raise self._unknown(pattern, "tensor with a quantizer", named, classes)

@@ -15,10 +15,10 @@ FC = np.ones((5, 192), np.float32)
 
 @pytest.fixture
 def placed(make_model):
-    def run(body: str, outputs: str = "float[N,3,8,8] y", **arrays):
+    def run(body: str, outputs: str = "float[N,3,8,8] y", scheme: str = "full", **arrays):
         model = make_model(f"g (float[N,3,8,8] x) => ({outputs}) {{ {body} }}", **arrays)
         model = prepare_for_quantization(model)
-        return place(model, TorchGraph(model.proto).steps)
+        return place(model, TorchGraph(model.proto).steps, scheme=scheme)
 
     return run
 
@@ -221,3 +221,28 @@ def test_reading_a_tensor_twice_counts_twice(placed):
     placement = placed(f"c = {CONV}(x, w) a = Add(c, c) y = {CONV}(a, v)", w=W, v=W)
     assert placement.num_readers["c"] == 2
     assert placement.num_readers["a"] == 1
+
+
+RESIDUAL = (
+    f"c = {CONV}(x, w) r = Relu(c) d = {CONV}(r, v) a = Add(d, r) s = Relu(a)"
+    " f = Flatten(s) g = Gemm<transB=1>(f, fc) y = Softmax(g)"
+)
+
+
+@pytest.mark.parametrize("scheme", ["full", "academic"])
+def test_the_academic_scheme_rounds_a_residual_branch_once_and_no_result(placed, scheme):
+    placement = placed(RESIDUAL, "float[N,5] y", scheme=scheme, w=W, v=W, fc=FC)
+    if scheme == "full":
+        assert placement.roots == ("x", "r", "d", "s", "g", "y")
+        assert not placement.float_results
+    else:
+        assert placement.roots == ("x", "r", "s")
+        assert [entry.op_type for entry in placement.float_nodes] == ["Softmax"]
+        assert [entry.op_type for entry in placement.float_results] == ["Conv", "Gemm"]
+    assert len(placement.weighted) == 3
+
+
+def test_a_branch_that_others_read_is_rounded_in_the_academic_scheme_too(placed):
+    body = f"c = {CONV}(x, w) d = {CONV}(c, v) a = Add(d, c) y = {CONV}(a, u)"
+    placement = placed(body, scheme="academic", w=W, v=W, u=W)
+    assert placement.roots == ("x", "c", "a")

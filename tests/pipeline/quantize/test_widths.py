@@ -31,7 +31,7 @@ def widths(make_model):
         text = f"g (float[N,3,8,8] x) => (float[N,5] y) {{ {BODY} }}"
         model = prepare_for_quantization(make_model(text, **ARRAYS))
         steps = TorchGraph(model.proto).steps
-        placement = place(model, steps)
+        placement = place(model, steps, scheme=settings.get("scheme", "full"))
         found = choose_widths(placement, steps, model, QuantizeSettings(bits=bits, **settings))
         output = {site.node: site.output for site in placement.weighted.values()}
         return {output[node]: bits for node, bits in found.weights.items()}, found.activations
@@ -89,3 +89,16 @@ def test_a_pattern_that_names_nothing_is_refused_with_the_nearest_names(widths, 
 def test_entries_that_are_no_widths_are_refused(entry):
     with pytest.raises(SettingsError, match="--bits"):
         QuantizeSettings(bits=(entry,))
+
+
+def test_the_academic_scheme_has_8_bits_at_both_ends(widths):
+    weights, activations = widths(weights=4, activations=4, scheme="academic")
+    assert weights == {"c": 8, "d": 4, "e": 4, "y": 8}
+    # e is rounded behind the Add only, y not at all
+    assert activations == {"x": 8, "r": 8, "d": 4, "a": 8}
+
+
+def test_entries_win_over_the_academic_scheme(widths):
+    weights, activations = widths("@last=W2", "r=A4", activations=16, scheme="academic")
+    assert weights == {"c": 8, "d": 8, "e": 8, "y": 2}
+    assert activations == {"x": 16, "r": 4, "d": 16, "a": 16}
