@@ -7,7 +7,8 @@ point 0,
 - unsigned: ``scale = t / 2**bits``, integers ``0 .. 2**bits - 1``.
 
 A quantizer stores the *exponent* of its scale, so a scale that is not a power of two cannot be
-written down.
+written down by accident. Only weights, and biases with them, may have free scales, for comparison:
+those stand in a field of their own.
 """
 
 from __future__ import annotations
@@ -33,23 +34,35 @@ _PLAN_FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class TensorQuantizer:
-    """A power-of-two quantizer of one tensor.
+    """A symmetric quantizer of one tensor, its scale a power of two unless ``scales`` are given.
 
     Attributes:
         bits: width of the integers, 2 to 32.
         signed: whether negative integers exist.
         exponent: ``scale = 2.0**exponent``; one integer, or one per channel of ``axis``.
         axis: per-channel axis; None for a per-tensor quantizer.
+        scales: free scales, one per channel of ``axis``, in float32; None for powers of two. The
+            exponents are then those of the powers of two from these up.
     """
 
     bits: int
     signed: bool
     exponent: int | tuple[int, ...]
     axis: int | None = None
+    scales: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.exponent, tuple) != (self.axis is not None):
             raise ValueError("a per-channel exponent needs an axis, and only that")
+        if self.scales is not None and (
+            not isinstance(self.exponent, tuple) or len(self.scales) != len(self.exponent)
+        ):
+            raise ValueError("free scales are per channel, as many as exponents")
+
+    @property
+    def power_of_two(self) -> bool:
+        """Whether the scale is ``2.0**exponent``."""
+        return self.scales is None
 
     @property
     def qmin(self) -> int:
@@ -63,7 +76,9 @@ class TensorQuantizer:
 
     @property
     def scale(self) -> FloatArray:
-        """``2.0**exponent``: a scalar array, or ``[channels]`` float32."""
+        """``2.0**exponent``, or ``scales``: a scalar array, or ``[channels]`` float32."""
+        if self.scales is not None:
+            return np.asarray(self.scales, np.float32)
         return np.exp2(np.asarray(self.exponent, np.float32)).astype(np.float32)
 
     @property
@@ -96,22 +111,25 @@ class TensorQuantizer:
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `from_dict` reads it back."""
         exponent = list(self.exponent) if isinstance(self.exponent, tuple) else self.exponent
+        free = {} if self.scales is None else {"scales": list(self.scales)}
         return {
             "bits": self.bits,
             "signed": self.signed,
             "exponent": exponent,
             "axis": self.axis,
+            **free,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TensorQuantizer:
         """Read what `to_dict` wrote."""
-        exponent = data["exponent"]
+        exponent, scales = data["exponent"], data.get("scales")
         return cls(
             bits=int(data["bits"]),
             signed=bool(data["signed"]),
             exponent=tuple(exponent) if isinstance(exponent, list) else int(exponent),
             axis=data["axis"],
+            scales=None if scales is None else tuple(float(scale) for scale in scales),
         )
 
 

@@ -69,7 +69,9 @@ def metadata(
         source = f"{generated.images.count} generated ({generated.method})"
     else:
         source = str((job.data or job.images or Path()).name)
+    free = {"zsq.weight_scale": "free"} if job.quantization.weight_scale == "free" else {}
     return {
+        **free,
         "zsq.source_sha256": model.sha256,
         "zsq.images": source,
         "zsq.settings": json.dumps(flat_settings(job), sort_keys=True),
@@ -272,7 +274,13 @@ class Record:
             "weight_bits": self.job.quantization.weights,
             "activation_bits": self.job.quantization.activations,
             "seconds": seconds,
-            "power_of_two": True,
+            "power_of_two": all(
+                quantizer.power_of_two
+                for quantizer in (
+                    *plan.tensors.values(),
+                    *(constant.quantizer for constant in plan.constants.values()),
+                )
+            ),
             "tensors": tensors,
             "float": [asdict(e) for e in (*plan.float_nodes, *plan.float_results)],
             "absorbed": [
@@ -322,10 +330,12 @@ def _describe(quantizer: TensorQuantizer) -> dict[str, Any]:
     if isinstance(exponent, tuple):
         exponent = [min(exponent), max(exponent)]
     per_tensor = quantizer.axis is None
+    free = None if quantizer.scales is None else [min(quantizer.scales), max(quantizer.scales)]
     return {
         "bits": quantizer.bits,
         "signed": quantizer.signed,
-        "exponent": exponent,
+        "exponent": exponent if free is None else None,
+        "free_scales": free,
         "threshold": quantizer.threshold if per_tensor else None,
     }
 

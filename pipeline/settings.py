@@ -109,6 +109,13 @@ class QuantizeSettings:
     (A)."""
     threshold: Literal["mse", "mae", "kl", "no-clipping"] = "mse"
     """Error that the power-of-two threshold search minimizes."""
+    weight_scale: Literal["pot", "free"] = "pot"
+    """pot: the scales of weights are powers of two; free: any number, one a channel, to see the
+    price of that. Activations stay powers of two, but requantization is no shift any more."""
+    container: Literal["int8", "int4"] = "int8"
+    """Type that holds integers of 4 bits and fewer: int8 (uint8 behind a Clip), for which
+    onnxruntime has integer kernels, or int4 (uint4; opset 21), half the size. The values are the
+    same. Weights of 3 and 2 bits take int4, too."""
     rounding: Literal["nearest", "adaround", "brecq"] = "nearest"
     """How weights become integers. nearest: the nearest one; adaround: up or down, learned layer
     by layer; brecq: learned block by block. Both learn on the calibration images, which takes

@@ -24,6 +24,7 @@ from pipeline.quantize.placement import Placement, place
 from pipeline.quantize.reconstruction import Reconstruction, reconstruct
 from pipeline.quantize.thresholds import activation_exponent, ceil_log2
 from pipeline.quantize.weights import (
+    bias_bits,
     input_exponent,
     quantize_bias,
     quantize_operand,
@@ -292,6 +293,8 @@ def _constants(
             input_exponent(site, tensors),
             bits=widths.weights[site.node],
             metric=settings.threshold,
+            bias_bits=bias_bits(site, tensors),
+            free=settings.weight_scale == "free",
         )
     constants.update(_biases(placement, tensors, constants, values))
     for name, node in placement.operands.items():

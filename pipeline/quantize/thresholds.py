@@ -2,19 +2,28 @@
 
 HPTQ (arXiv 2109.09113) section 3.2: candidates are
 ``2**ceil(log2 max|x|)`` times 2, 1, 1/2, ..., the one with the smallest error wins, the larger on
-ties. Errors are computed on histograms (activations) or on the values (weights).
+ties. Errors are computed on histograms (activations) or on the values (weights). For comparison
+there is a search without that constraint, for weights.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 
 from graph_tools.quantizer import TensorQuantizer
 
-__all__ = ["FLOOR", "Metric", "activation_exponent", "ceil_log2", "weight_exponents"]
+__all__ = [
+    "FLOOR",
+    "Metric",
+    "activation_exponent",
+    "ceil_log2",
+    "weight_exponents",
+    "weight_scales",
+]
 
 Metric = Literal["mse", "mae", "kl", "no-clipping"]
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -24,6 +33,8 @@ FLOOR = 2.0**-16
 
 _ACTIVATION_CANDIDATES = 20
 _WEIGHT_CANDIDATES = 10
+_FREE_CANDIDATES = np.linspace(1.1, 0.1, 101)  # of the smallest scale that clips nothing
+_REFINEMENTS = 4
 _CHUNK = 2**22  # weights searched at once
 
 
@@ -120,15 +131,68 @@ def weight_exponents(
         metric: ``mse``, ``mae`` or ``no-clipping``; ``kl`` is for histograms, and weights take
             ``mse`` instead.
     """
-    rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
-    step = max(1, _CHUNK // max(1, rows.shape[1]))
     return tuple(
         exponent
-        for first in range(0, len(rows), step)
-        for exponent in _row_exponents(
-            np.asarray(rows[first : first + step], np.float64), bits, metric
-        )
+        for rows in _row_chunks(weight, axis)
+        for exponent in _row_exponents(rows, bits, metric)
     )
+
+
+def weight_scales(
+    weight: Array, *, axis: int, bits: int, metric: Metric = "mse"
+) -> tuple[float, ...]:
+    """Free scale of each output channel of a weight, in float32: any number, not powers of two.
+
+    The best of 101 candidates, refined by least squares: for given integers q the scale with the
+    smallest squared error is ``<w, q> / <q, q>``.
+
+    Args:
+        weight: any rank, float.
+        axis: its output-channel axis.
+        bits: width of the (signed) integers.
+        metric: as in `weight_exponents`.
+    """
+    return tuple(
+        float(np.float32(scale))
+        for rows in _row_chunks(weight, axis)
+        for scale in _row_scales(rows, bits, metric)
+    )
+
+
+def _row_chunks(weight: Array, axis: int) -> Iterator[Array]:
+    """Output channels as rows of float64, some at a time."""
+    rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+    step = max(1, _CHUNK // max(1, rows.shape[1]))
+    for first in range(0, len(rows), step):
+        yield np.asarray(rows[first : first + step], np.float64)
+
+
+def _row_scales(rows: Array, bits: int, metric: Metric) -> Array:
+    """Free scale of each row of a matrix."""
+    bottom, top = _integer_range(bits, True)
+    least = FLOOR / 2 ** (bits - 1)
+    high, low = rows.max(axis=1, initial=0.0), rows.min(axis=1, initial=0.0)
+    start: Array = np.maximum(np.maximum(high / top, low / bottom), least)
+    if metric == "no-clipping":
+        return start
+    power = 1 if metric == "mae" else 2
+    best, best_error = start.copy(), np.full(len(rows), np.inf)
+
+    def consider(scales: Array) -> None:
+        nonlocal best, best_error
+        quantized = _quantized(rows, scales[:, None], bits, True)
+        error = (np.abs(quantized - rows) ** power).sum(axis=1)
+        better = error < best_error
+        best, best_error = np.where(better, scales, best), np.minimum(error, best_error)
+
+    for factor in _FREE_CANDIDATES:
+        consider(np.maximum(start * factor, least))
+    for _ in range(_REFINEMENTS if power == 2 else 0):
+        integers = np.clip(np.rint(rows / best[:, None]), bottom, top)
+        square = (integers**2).sum(axis=1)
+        fitted = (rows * integers).sum(axis=1) / np.maximum(square, 1)
+        consider(np.where(square > 0, np.maximum(fitted, least), best))
+    return best
 
 
 def _row_exponents(rows: Array, bits: int, metric: Metric) -> tuple[int, ...]:

@@ -9,9 +9,20 @@ import numpy as np
 
 from graph_tools.quantizer import QuantizedConstant, TensorQuantizer
 from pipeline.quantize.placement import Weighted
-from pipeline.quantize.thresholds import Metric, ceil_log2, weight_exponents
+from pipeline.quantize.thresholds import (
+    Metric,
+    ceil_log2,
+    weight_exponents,
+    weight_scales,
+)
 
-__all__ = ["input_exponent", "quantize_bias", "quantize_operand", "quantize_weight"]
+__all__ = [
+    "bias_bits",
+    "input_exponent",
+    "quantize_bias",
+    "quantize_operand",
+    "quantize_weight",
+]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -19,12 +30,21 @@ BIAS_BITS = 22
 """The bias of a channel stays below 2**22 steps, so that accumulators stay below 2**24, where
 float32 simulation is exact, in all but extreme cases, and int32 never overflows."""
 
+WIDE_BIAS_BITS = 28
+"""The same behind inputs of 16 bits, whose steps are 256 times smaller; sums exceed 2**24 there
+anyway."""
+
 
 def input_exponent(site: Weighted, tensors: Mapping[str, TensorQuantizer]) -> int:
     """Exponent of the scale of an operator's input."""
     exponent = tensors[site.input].exponent
     assert isinstance(exponent, int)  # activations have one scale
     return exponent
+
+
+def bias_bits(site: Weighted, tensors: Mapping[str, TensorQuantizer]) -> int:
+    """Width that the bias of an operator may take."""
+    return BIAS_BITS if tensors[site.input].bits <= 8 else WIDE_BIAS_BITS
 
 
 def quantize_weight(
@@ -35,6 +55,8 @@ def quantize_weight(
     *,
     bits: int,
     metric: Metric,
+    bias_bits: int = BIAS_BITS,
+    free: bool = False,
 ) -> QuantizedConstant:
     """Per-output-channel integers of a weight.
 
@@ -48,13 +70,17 @@ def quantize_weight(
         input_exponent: exponent of the input's scale.
         bits: width of the integers.
         metric: error that the threshold search minimizes.
+        bias_bits: width that the bias may take.
+        free: scales need not be powers of two.
     """
+    if free:
+        return _with_free_scales(
+            site, weight, bias, input_exponent, bits=bits, metric=metric, bias_bits=bias_bits
+        )
     exponents = np.array(weight_exponents(weight, axis=site.axis, bits=bits, metric=metric))
     if bias is not None and bias.size:
-        magnitude = np.abs(np.asarray(bias, np.float64))
-        if magnitude.size != exponents.size:  # grouped ConvTranspose: groups share a scale
-            magnitude = magnitude.reshape(-1, exponents.size).max(axis=0)
-        least = [ceil_log2(m) - BIAS_BITS - input_exponent if m else -1000 for m in magnitude]
+        magnitude = _largest_bias(bias, exponents.size)
+        least = [ceil_log2(m) - bias_bits - input_exponent if m else -1000 for m in magnitude]
         exponents = np.maximum(exponents, least)
     quantizer = TensorQuantizer(
         bits=bits,
@@ -67,6 +93,44 @@ def quantize_weight(
     )
 
 
+def _largest_bias(bias: Array, channels: int) -> Array:
+    magnitude: Array = np.abs(np.asarray(bias, np.float64))
+    if magnitude.size != channels:  # grouped ConvTranspose: groups share a scale
+        magnitude = magnitude.reshape(-1, channels).max(axis=0)
+    return magnitude
+
+
+def _with_free_scales(
+    site: Weighted,
+    weight: Array,
+    bias: Array | None,
+    input_exponent: int,
+    *,
+    bits: int,
+    metric: Metric,
+    bias_bits: int,
+) -> QuantizedConstant:
+    scales = np.array(weight_scales(weight, axis=site.axis, bits=bits, metric=metric))
+    if bias is not None and bias.size:
+        least = _largest_bias(bias, scales.size) / 2.0**bias_bits / 2.0**input_exponent
+        scales = np.maximum(scales, least).astype(np.float32)
+    quantizer = _free_quantizer(scales, bits=bits, axis=site.axis)
+    return QuantizedConstant(
+        integers=quantizer.quantize(weight), quantizer=quantizer, role="weight", node=site.node
+    )
+
+
+def _free_quantizer(scales: Array, *, bits: int, axis: int) -> TensorQuantizer:
+    found = tuple(float(scale) for scale in np.asarray(scales, np.float32))
+    return TensorQuantizer(
+        bits=bits,
+        signed=True,
+        exponent=tuple(ceil_log2(scale) for scale in found),
+        axis=axis,
+        scales=found,
+    )
+
+
 def quantize_bias(
     site: Weighted, bias: Array, input_exponent: int, weight: QuantizedConstant
 ) -> QuantizedConstant:
@@ -74,12 +138,16 @@ def quantize_bias(
     exponents = weight.quantizer.exponent
     assert isinstance(exponents, tuple)
     groups = bias.size // len(exponents)
-    quantizer = TensorQuantizer(
-        bits=32,
-        signed=True,
-        exponent=tuple(input_exponent + exponent for exponent in exponents * groups),
-        axis=0,
-    )
+    if weight.quantizer.power_of_two:
+        quantizer = TensorQuantizer(
+            bits=32,
+            signed=True,
+            exponent=tuple(input_exponent + exponent for exponent in exponents * groups),
+            axis=0,
+        )
+    else:
+        scales = weight.quantizer.scale * np.float32(2.0**input_exponent)
+        quantizer = _free_quantizer(np.tile(scales, groups), bits=32, axis=0)
     return QuantizedConstant(
         integers=quantizer.quantize(bias), quantizer=quantizer, role="bias", node=site.node
     )

@@ -51,7 +51,10 @@ def judge(report: Mapping[str, Any]) -> Verdict:
         quantization.get(key) or "?" for key in ("weight_bits", "activation_bits")
     )
     bits = f"W{weights}A{activations}"
-    scales = "power of two" if quantization.get("power_of_two") else "not power of two"
+    scales = "power of two"
+    if not quantization.get("power_of_two"):
+        free = (report.get("settings") or {}).get("weight_scale") == "free"
+        scales = "free weight scales" if free else "not power of two"
     proved, tone, proof_facts, proof_clauses = _proof(report.get("proof"))
     clauses, facts = [*proof_clauses], [*proof_facts]
     clauses += _basis(report)
@@ -168,7 +171,12 @@ def _proof(
     elements, differing = proof.get("elements") or 0, proof.get("differing") or 0
     counted = f"{format_number(differing)} of {format_number(elements)} elements differ"
     if differing and proof.get("passed"):
-        lead, tone = f"proved within one step on {images} in onnxruntime ({counted})", _WARN
+        how = (
+            "within one step, tensor by tensor,"
+            if proof.get("stepwise")
+            else "within one step"
+        )
+        lead, tone = f"proved {how} on {images} in onnxruntime ({counted})", _WARN
         value = "one step"
     elif differing:
         lead, tone, value = f"not bit-exact: {counted} in onnxruntime", _BAD, "no"

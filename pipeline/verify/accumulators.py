@@ -16,6 +16,7 @@ import numpy as np
 from onnx import NodeProto
 
 from pipeline.verify.quantized_graph import QuantizedGraph, attribute
+from pipeline.verify.scales import is_power_of_two
 
 __all__ = ["Accumulator", "measure_accumulators"]
 
@@ -32,8 +33,10 @@ class Accumulator:
         largest: largest magnitude that any partial sum can have.
         bits: width of a two's complement accumulator that holds it.
         simulation_exact: float32 arithmetic on the dequantized values is exact (largest at
-            most 2**24), so an unoptimized float run is a true reference.
+            most 2**24, scales powers of two), so an unoptimized float run is a true reference.
+        free_scales: the scales of its weight are no powers of two: requantization is no shift.
         overflows_int32: an int32 accumulator can overflow.
+        input_bits: width of the type of its input.
         may_saturate: 8-bit kernels that add pairs of products in 16 bits (x64 without VNNI)
             could saturate: two weights of one channel and one sign exceed 128 together.
     """
@@ -45,6 +48,8 @@ class Accumulator:
     simulation_exact: bool
     overflows_int32: bool
     may_saturate: bool
+    free_scales: bool = False
+    input_bits: int = 8
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: the fields."""
@@ -62,6 +67,8 @@ def measure_accumulators(graph: QuantizedGraph) -> Iterator[Accumulator]:
             continue
         if stored.dtype.kind not in "iu":  # numpy knows 4-bit integers as extensions only
             stored = stored.astype(np.int64)
+        scale = graph.scale(graph.producers[node.input[1]])
+        free = scale is None or not is_power_of_two(scale)
         weights = _by_output_channel(node, stored)
         low, high = graph.integer_range(data)
         span = high - low
@@ -80,9 +87,11 @@ def measure_accumulators(graph: QuantizedGraph) -> Iterator[Accumulator]:
             op_type=node.op_type,
             largest=largest,
             bits=bits,
-            simulation_exact=largest <= 2**24,
+            simulation_exact=largest <= 2**24 and not free,
+            free_scales=free,
             overflows_int32=bits > 32,
             may_saturate=_may_saturate(weights, span),
+            input_bits=int(graph.integer_type(data).name.lstrip("uint")),
         )
 
 

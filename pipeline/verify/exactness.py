@@ -27,7 +27,7 @@ from graph_tools.reading import read_proto
 from graph_tools.saving import loadable
 from pipeline.images import ImageSet
 from pipeline.settings import VerifySettings
-from pipeline.verify.accumulators import measure_accumulators
+from pipeline.verify.accumulators import Accumulator, measure_accumulators
 from pipeline.verify.compilers import onnxruntime as ort
 from pipeline.verify.cut import cut_at
 from pipeline.verify.differences import DifferenceMeter
@@ -44,6 +44,7 @@ from pipeline.verify.localize import first_difference
 from pipeline.verify.proof import Proof, TensorProof
 from pipeline.verify.quantized_graph import QuantizedGraph
 from pipeline.verify.scales import check_scales
+from pipeline.verify.stepwise import compare_stepwise
 
 __all__ = ["OnStep", "verify"]
 
@@ -107,7 +108,10 @@ def verify(
     scales = check_scales(graph)
     accumulators = tuple(measure_accumulators(graph))
     differences = list(difference_failures(tensors))
-    parting = None
+    parting = stepwise = None
+    if differing_batch is not None and _rounds(graph, accumulators):
+        stepwise = compare_stepwise(graph, differing_batch, threads=settings.threads)
+        differences.append(str(stepwise))
     if differing_batch is not None:
         parting = first_difference(graph, differing_batch, threads=settings.threads)
     if parting is not None:
@@ -120,6 +124,7 @@ def verify(
             f"{text}; {parting.op_type} has no exact integer form, one step is allowed"
             for text in differences
         ]
+    approximated |= stepwise is not None and stepwise.within_one_step
     proof = Proof(
         model=str(path),
         onnxruntime=ort.available(),
@@ -129,6 +134,7 @@ def verify(
         saturation=measure_saturation(tensors, accumulators),
         scales=scales,
         accumulators=accumulators,
+        stepwise=stepwise,
         failures=(
             *([] if approximated else differences),
             *scale_failures(scales),
@@ -150,6 +156,18 @@ _APPROXIMATED = frozenset(  # onnxruntime's 8-bit kernels approximate these
     "Elu Erf Exp Gelu HardSigmoid HardSwish LayerNormalization LogSoftmax Mish Sigmoid Softmax "
     "Softplus Tanh".split()
 )
+
+
+def _rounds(graph: QuantizedGraph, accumulators: Sequence[Accumulator]) -> bool:
+    """Whether float sums may round: not exact layers, or additions of tensors in float."""
+    floats = (
+        name
+        for node in graph.nodes
+        if node.op_type == "Add"
+        for name in node.input
+        if graph.dequantizer(name) is None
+    )
+    return any(not entry.simulation_exact for entry in accumulators) or any(floats)
 
 
 @dataclass(frozen=True, kw_only=True)

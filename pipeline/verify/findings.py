@@ -81,9 +81,12 @@ def scale_failures(scales: ScaleCheck) -> Iterator[str]:
 
 
 def overflow_failures(accumulators: Sequence[Accumulator]) -> Iterator[str]:
-    """Say which nodes can overflow an int32 accumulator."""
+    """Say which nodes can overflow an int32 accumulator.
+
+    Those with inputs of 16 bits are `find_warnings`'s: no runtime adds them in int32.
+    """
     for entry in accumulators:
-        if entry.overflows_int32:
+        if entry.overflows_int32 and entry.input_bits <= 8:
             yield f"{entry.node}: an int32 accumulator can overflow ({entry.bits} bits needed)"
 
 
@@ -93,7 +96,19 @@ def find_warnings(
     """Say what holds but may surprise."""
     if scales.float_biases:
         yield f"biases in float: {_list(scales.float_biases)}"
-    inexact = [entry.node for entry in accumulators if not entry.simulation_exact]
+    wide = [entry for entry in accumulators if entry.overflows_int32 and entry.input_bits > 8]
+    if wide:
+        yield (
+            f"inputs of 16 bits need accumulators of up to {max(e.bits for e in wide)} bits, more "
+            f"than int32: {_list([entry.node for entry in wide])}"
+        )
+    free = [entry.node for entry in accumulators if entry.free_scales]
+    if free:
+        yield (
+            "scales of weights are no powers of two: requantization is no shift, and float sums "
+            f"round: {_list(free)}"
+        )
+    inexact = [entry.node for entry in accumulators if entry.largest > 2**24]
     if inexact:
         yield (
             "sums can exceed 2^24 in the worst case, where simulation in float rounds: "

@@ -11,6 +11,7 @@ from pipeline.verify.cpu import Cpu
 from pipeline.verify.differences import Difference
 from pipeline.verify.kernels import Kernels
 from pipeline.verify.scales import ScaleCheck
+from pipeline.verify.stepwise import Stepwise
 
 __all__ = ["Proof", "Saturation", "TensorProof"]
 
@@ -107,6 +108,8 @@ class Proof:
         failures: what does not hold, in words; the proof passes when there is none.
         warnings: what holds but may surprise.
         seconds: time taken.
+        stepwise: where float sums round and runs differ, each tensor from equal integers; no
+            difference fails the proof if these are within one step.
     """
 
     model: str
@@ -120,6 +123,7 @@ class Proof:
     failures: tuple[str, ...]
     warnings: tuple[str, ...]
     seconds: float
+    stepwise: Stepwise | None = None
 
     @property
     def passed(self) -> bool:
@@ -137,9 +141,9 @@ class Proof:
         ``passed``, ``model``, ``onnxruntime``, ``images``, ``seconds``, ``failures``,
         ``warnings``: as the fields; ``elements``, ``differing``: of the integer tensors,
         unoptimized against optimized run; ``tensors``: list of `TensorProof`; ``kernels``:
-        `Kernels`; ``saturation``: `Saturation`; ``scales``: `ScaleCheck`; ``accumulators``:
-        ``largest_bits`` (0 without weighted nodes), ``simulation_exact`` (all of them) and
-        ``nodes``, list of `Accumulator`.
+        `Kernels`; ``stepwise``: `Stepwise` or None; ``saturation``: `Saturation`; ``scales``:
+        `ScaleCheck`; ``accumulators``: ``largest_bits`` (0 without weighted nodes),
+        ``simulation_exact`` (all of them) and ``nodes``, list of `Accumulator`.
         """
         elements, differing = self._compared()
         return {
@@ -154,6 +158,7 @@ class Proof:
             "warnings": list(self.warnings),
             "tensors": [tensor.to_dict() for tensor in self.tensors],
             "kernels": self.kernels.to_dict(),
+            "stepwise": None if self.stepwise is None else self.stepwise.to_dict(),
             "saturation": self.saturation.to_dict(),
             "scales": self.scales.to_dict(),
             "accumulators": {
@@ -189,8 +194,9 @@ class Proof:
     def _scale_line(self) -> str:
         scales = self.scales
         return (
-            f"scales: {scales.num_scales - len(scales.not_power_of_two)} of "
+            f"scales: {scales.num_scales - len(scales.not_power_of_two) - len(scales.free)} of "
             f"{scales.num_scales} Q/DQ scales are powers of two, "
+            f"{_free_words(scales)}"
             f"{len(scales.asymmetric_zero_points)} zero points are not symmetric, "
             f"{scales.num_biases - len(scales.bias_mismatches)} of {scales.num_biases} bias "
             "scales are input times weight"
@@ -237,6 +243,11 @@ class Proof:
             f"session.x64quantprecision=1 {100 * it.share:.2f} % of elements change, by up to "
             f"{it.largest_steps:g} steps{top1}"
         )
+
+
+def _free_words(scales: ScaleCheck) -> str:
+    free = len(scales.free)
+    return f"{free} of weights and biases are free, as the file says, " if free else ""
 
 
 def _tensor_line(tensor: TensorProof) -> str:

@@ -74,6 +74,12 @@ class QuantizedGraph:
         self.outputs = tuple(entry.name for entry in proto.graph.output)
 
     @cached_property
+    def free_weight_scales(self) -> bool:
+        """Whether the file says that the scales of its weights are no powers of two."""
+        props = {entry.key: entry.value for entry in self.proto.metadata_props}
+        return props.get("zsq.weight_scale") == "free"
+
+    @cached_property
     def quantizers(self) -> tuple[NodeProto, ...]:
         """Every QuantizeLinear node."""
         return tuple(n for n in self.nodes if n.op_type == "QuantizeLinear")

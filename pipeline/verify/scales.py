@@ -21,6 +21,8 @@ class ScaleCheck:
         num_scales: different scales of QuantizeLinear and DequantizeLinear nodes.
         num_biases: int32 biases whose scale was compared with input times weight.
         not_power_of_two: names of those that are not powers of two, or are computed.
+        free: names of those of weights and biases that are not powers of two either, in a file that
+            says so; they are positive and finite.
         asymmetric_zero_points: nodes whose zero point is neither 0 nor, for an unsigned type, the
             middle of its range (uint8 around 128 holds the values of int8 around 0).
         bias_mismatches: weighted nodes whose bias scale is not exactly s_x * s_w.
@@ -35,11 +37,12 @@ class ScaleCheck:
     bias_mismatches: tuple[str, ...]
     pair_mismatches: tuple[str, ...]
     float_biases: tuple[str, ...]
+    free: tuple[str, ...] = ()
 
     @property
     def power_of_two(self) -> bool:
         """All scales are powers of two."""
-        return not self.not_power_of_two
+        return not self.not_power_of_two and not self.free
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: the fields, and ``power_of_two``."""
@@ -49,6 +52,7 @@ class ScaleCheck:
             "bias_mismatches": list(self.bias_mismatches),
             "pair_mismatches": list(self.pair_mismatches),
             "float_biases": list(self.float_biases),
+            "free": list(self.free),
         }
         return {
             "num_scales": self.num_scales,
@@ -74,12 +78,14 @@ def is_power_of_two(values: np.ndarray[Any, Any]) -> bool:
 def check_scales(graph: QuantizedGraph) -> ScaleCheck:
     """Check every Q and DQ node, and every bias against its input and weight."""
     not_power_of_two: dict[str, None] = {}
+    free: dict[str, None] = {}
     nonzero: list[str] = []
     nodes = (*graph.quantizers, *graph.dequantizers)
     for node in nodes:
         scale = graph.scale(node)
         if scale is None or not is_power_of_two(scale):
-            not_power_of_two[node.input[1]] = None
+            declared = scale is not None and graph.free_weight_scales and _is_free(graph, node)
+            (free if declared else not_power_of_two)[node.input[1]] = None
         if len(node.input) > 2 and node.input[2]:
             zero_point = graph.constant(node.input[2])
             if zero_point is None or not _is_symmetric(zero_point):
@@ -99,7 +105,22 @@ def check_scales(graph: QuantizedGraph) -> ScaleCheck:
             if not _pair_agrees(graph, node)
         ),
         float_biases=tuple(n.name for n in biased if _quantized_bias(graph, n) is None),
+        free=tuple(free),
     )
+
+
+def _is_free(graph: QuantizedGraph, node: NodeProto) -> bool:
+    """Whether a node dequantizes a weight or bias of a layer, per channel and by good numbers."""
+    scale = graph.scale(node)
+    if node.op_type != "DequantizeLinear" or not graph.is_weight(node) or scale is None:
+        return False
+    readers = graph.consumers.get(node.output[0], [])
+    layers = all(
+        r.op_type in {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+        and node.output[0] != r.input[0]
+        for r in readers
+    )
+    return layers and bool(np.all(np.isfinite(scale) & (scale > 0)))
 
 
 def bias_fits(graph: QuantizedGraph, node: NodeProto) -> bool:
