@@ -5,9 +5,9 @@ The only place that writes them. For a quantized tensor ``t`` the file holds
 graph outputs keep their names (the operator then writes ``t_float``). Weights are integer
 initializers behind a DequantizeLinear, biases int32 with the scale of input times weight. Widths
 that have no integer type of their own live in the next wider one, saturated by a Clip on the
-integers. A constant that several operators read is written once for each of them: onnxruntime's
-precision option turns int8 constants into uint8 under one fixed new name, and fails at the second
-operator that reads one.
+integers (`graph_tools.containers`). A constant that several operators read is written once for
+each of them: onnxruntime's precision option turns int8 constants into uint8 under one fixed new
+name, and fails at the second operator that reads one.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ import onnx
 from onnx import TensorProto, helper
 
 from graph_tools import weights
+from graph_tools.containers import Container, container_type, refuse_unsupported, width
 from graph_tools.model import Model, initializers
 from graph_tools.quantizer import Plan, QuantizedConstant, TensorQuantizer
 from graph_tools.shapes import outline
 
 __all__ = ["dequantized_name", "write_qdq"]
 
-_SIGNED: dict[int, type[np.signedinteger[Any]]] = {8: np.int8, 16: np.int16, 32: np.int32}
-_UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {8: np.uint8, 16: np.uint16}
 _TAKES_INTEGERS = frozenset(
     {"Add", "Conv", "ConvTranspose", "Div", "Gemm", "MatMul", "Mul", "Sub"}
 )
@@ -39,17 +38,11 @@ def dequantized_name(tensor: str, outputs: tuple[str, ...]) -> str:
     return tensor if tensor in outputs else f"{tensor}_dq"
 
 
-def container(quantizer: TensorQuantizer, *, midpoint: bool = False) -> type[np.integer[Any]]:
-    """The integer type that stores a quantizer's values."""
-    width = next(bits for bits in (8, 16, 32) if quantizer.bits <= bits)
-    return _SIGNED[width] if quantizer.signed and not midpoint else _UNSIGNED[width]
-
-
 class _Writer:
     """Collects the nodes and initializers of the written graph."""
 
-    def __init__(self, model: Model, plan: Plan) -> None:
-        self.plan, self.outputs = plan, model.outputs
+    def __init__(self, model: Model, plan: Plan, container: Container) -> None:
+        self.plan, self.outputs, self.container = plan, model.outputs, container
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, np.ndarray[Any, Any]] = {}
         self.renamed = {
@@ -65,8 +58,8 @@ class _Writer:
         scale = quantizer.scale
         self.initializers[f"{name}_scale"] = scale
         midpoint = name in self.plan.midpoint
-        dtype = container(quantizer, midpoint=midpoint)
-        zero = 1 << (np.iinfo(dtype).bits - 1) if midpoint else 0
+        dtype = container_type(quantizer, self.container, midpoint=midpoint)
+        zero = 1 << (width(dtype) - 1) if midpoint else 0
         self.initializers[f"{name}_zero_point"] = np.full(scale.shape, zero, dtype)
         return f"{name}_scale", f"{name}_zero_point"
 
@@ -82,7 +75,7 @@ class _Writer:
         integers = f"{tensor}_q"
         zero_point = self.initializers[zero]
         dtype, middle = zero_point.dtype, int(zero_point)
-        if quantizer.bits < np.iinfo(dtype).bits:
+        if quantizer.bits < width(dtype):
             bounds = {"min": quantizer.qmin + middle, "max": quantizer.qmax + middle}
             for side, value in bounds.items():
                 self.initializers[f"{tensor}_q_{side}"] = np.asarray(value, dtype)
@@ -108,7 +101,9 @@ class _Writer:
         """Integer initializer ``name`` behind a DequantizeLinear; returns the float name."""
         quantizer = constant.quantizer
         scale, zero = self.parameters(name, quantizer)
-        self.initializers[f"{name}_q"] = constant.integers.astype(container(quantizer))
+        self.initializers[f"{name}_q"] = constant.integers.astype(
+            container_type(quantizer, self.container)
+        )
         node = helper.make_node(
             "DequantizeLinear",
             [f"{name}_q", scale, zero],
@@ -122,7 +117,11 @@ class _Writer:
 
 
 def write_qdq(
-    model: Model, plan: Plan, *, metadata: Mapping[str, str] | None = None
+    model: Model,
+    plan: Plan,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    container: Container = "int8",
 ) -> onnx.ModelProto:
     """Write ``plan`` into ``model``'s graph.
 
@@ -130,12 +129,18 @@ def write_qdq(
         model: the prepared network that the plan was made for.
         plan: quantizers and integers.
         metadata: ``metadata_props`` of the file.
+        container: the smallest integer type: 8 or 4 bits.
 
     Returns:
         An ONNX model (opset 21, IR 10, ai.onnx operators only), with the batch that the loaded
         file declared.
+
+    Raises:
+        TargetError: onnxruntime cannot run an operator on 4-bit integers.
     """
-    writer = _Writer(model, plan)
+    if container == "int4":
+        refuse_unsupported(model, plan)
+    writer = _Writer(model, plan, container)
     graph = model.proto.graph
     floats = initializers(model.proto)
     times_read: Counter[str] = Counter()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -177,7 +178,8 @@ def tensor_of(values: np.ndarray[Any, Any], name: str, *, outside: bool) -> onnx
     Raises:
         ZsqError: the disk is full.
     """
-    if outside and values.nbytes >= SMALL:
+    packed = values.dtype in (ml_dtypes.int4, ml_dtypes.uint4)  # half of what numpy holds
+    if outside and values.nbytes >= SMALL and not packed:
         return outside_tensor(values, name)
     return numpy_helper.from_array(values, name)
 

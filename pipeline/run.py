@@ -154,7 +154,13 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
         with clock("write"):
             written = work / job.output.name
             properties = metadata(model, job, preprocessing, generated)
-            save(write_qdq(network, quantization.plan, metadata=properties), written)
+            proto = write_qdq(
+                network,
+                quantization.plan,
+                metadata=properties,
+                container=job.quantization.container,
+            )
+            save(proto, written)
             quantization.plan.save(work / "plan.json")
         with clock("verify"):
             proof = verify(

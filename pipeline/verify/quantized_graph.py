@@ -158,12 +158,16 @@ class QuantizedGraph:
             node = self.producers.get(node.input[0]) if passes else None
         return node
 
-    def integer_range(self, dequantizer: NodeProto) -> tuple[int, int]:
-        """Smallest and largest integer, less the zero point, that a DequantizeLinear can read."""
-        name = self.integer_type(dequantizer).name
+    def limits(self, node: NodeProto) -> tuple[int, int]:
+        """Smallest and largest integer of a QuantizeLinear or DequantizeLinear node's type."""
+        name = self.integer_type(node).name
         # numpy has no iinfo for the 4- and 2-bit types of ml_dtypes.
         bits, signed = int(name.removeprefix("u").removeprefix("int")), name[0] != "u"
-        low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+        return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+    def integer_range(self, dequantizer: NodeProto) -> tuple[int, int]:
+        """Smallest and largest integer, less the zero point, that a DequantizeLinear can read."""
+        low, high = self.limits(dequantizer)
         node = self.producers.get(dequantizer.input[0])
         while node is not None and (self.moves_data(node) or node.op_type == "Clip"):
             if node.op_type == "Clip":

@@ -92,8 +92,7 @@ def _clip_is_implied(graph: QuantizedGraph, clip: NodeProto, quantizer: NodeProt
     if scale is None:
         return False
     bounds = [graph.constant(name) if name else None for name in [*clip.input, "", ""][1:3]]
-    limits = np.iinfo(graph.integer_type(quantizer))
-    low, high = limits.min * scale.max(), limits.max * scale.max()
+    low, high = (limit * scale.max() for limit in graph.limits(quantizer))
     return bool(
         (bounds[0] is None or bounds[0] <= low) and (bounds[1] is None or bounds[1] >= high)
     )
