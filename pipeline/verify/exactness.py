@@ -109,8 +109,10 @@ def verify(
     accumulators = tuple(measure_accumulators(graph))
     differences = list(difference_failures(tensors))
     parting = stepwise = None
-    if differing_batch is not None and _rounds(graph, accumulators):
-        stepwise = compare_stepwise(graph, differing_batch, threads=settings.threads)
+    rounding = _rounding(graph, accumulators)
+    if differing_batch is not None and rounding:
+        rounding |= {node.name for node in graph.nodes if node.op_type in _APPROXIMATED}
+        stepwise = compare_stepwise(graph, differing_batch, rounding, threads=settings.threads)
         differences.append(str(stepwise))
     if differing_batch is not None:
         parting = first_difference(graph, differing_batch, threads=settings.threads)
@@ -158,16 +160,19 @@ _APPROXIMATED = frozenset(  # onnxruntime's 8-bit kernels approximate these
 )
 
 
-def _rounds(graph: QuantizedGraph, accumulators: Sequence[Accumulator]) -> bool:
-    """Whether float sums may round: not exact layers, or additions of tensors in float."""
-    floats = (
-        name
-        for node in graph.nodes
-        if node.op_type == "Add"
-        for name in node.input
-        if graph.dequantizer(name) is None
-    )
-    return any(not entry.simulation_exact for entry in accumulators) or any(floats)
+def _rounding(graph: QuantizedGraph, accumulators: Sequence[Accumulator]) -> set[str]:
+    """Nodes whose float sums may round: inexact layers, and additions of tensors in float."""
+    found = {entry.node for entry in accumulators if not entry.simulation_exact}
+    for node in graph.nodes:
+        computed = [name for name in node.input if not graph.is_constant(name)]
+        if node.op_type != "Add" or all(map(graph.dequantizer, computed)):
+            continue
+        readers = graph.consumers.get(node.output[0], [])
+        while len(readers) == 1 and readers[0].op_type in {"Relu", "Clip"}:
+            readers = graph.consumers.get(readers[0].output[0], [])
+        if any(reader.op_type == "QuantizeLinear" for reader in readers):
+            found.add(node.name)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

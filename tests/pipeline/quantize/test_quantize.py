@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -269,3 +270,168 @@ def test_operators_without_integer_kernels_stay_between_quantizers(
     proof = verify(tmp_path / "q.onnx", images, VerifySettings())
     assert proof.passed, proof.failures
     assert sqnr(model, plan, images) > 20
+
+
+RESIDUAL = (
+    "g (float[N,3,8,8] x) => (float[N,5] y) {"
+    " c = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(c) d = Conv<pads=[1,1,1,1]>(r, w2, b)"
+    " a = Add(d, r) s = Relu(a) p = GlobalAveragePool(s) f = Flatten(p)"
+    " y = Gemm<transB=1>(f, fc, fb) }"
+)
+RESIDUAL_ARRAYS = {
+    **{name: ARRAYS[name] for name in ("w", "b", "fc", "fb")},
+    "w2": RNG.normal(size=(4, 4, 3, 3)).astype(np.float32),
+}
+
+
+@pytest.fixture
+def residual(make_model):
+    return prepare_for_quantization(make_model(RESIDUAL, **RESIDUAL_ARRAYS))
+
+
+def simulate(model, plan, values):
+    """The quantized network in torch, tensors without a quantizer in float."""
+    graph = TorchGraph(model.proto)
+    found = {"x": fake_quantize(torch.from_numpy(values), plan.tensors["x"])}
+    for step in graph.steps:
+        inputs = {name: found[name] for name in step.inputs if name in found}
+        inputs |= {
+            name: torch.from_numpy(plan.constants[name].values)
+            for name in step.inputs
+            if name in plan.constants
+        }
+        for name, value in zip(step.outputs, graph.run_step(step, inputs), strict=True):
+            quantizer = plan.tensors.get(name)
+            found[name] = value if quantizer is None else fake_quantize(value, quantizer)
+    return found["y"].numpy()
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "adaround", "brecq"])
+def test_the_academic_file_equals_its_simulation_and_is_proved(
+    residual, images, run_onnx, tmp_path, rounding
+):
+    settings = QuantizeSettings(
+        weights=4, activations=4, scheme="academic", rounding=rounding, rounding_iterations=20
+    )
+    plan = quantize(residual, images, settings).plan
+    assert "d" not in plan.tensors
+    assert "y" not in plan.tensors
+    assert {n: plan.tensors[n].bits for n in ("x", "r", "s")} == {"x": 8, "r": 8, "s": 4}
+    assert [plan.constants[n].quantizer.bits for n in ("w", "w2", "fc")] == [8, 4, 8]
+    assert {entry.op_type for entry in plan.float_results} == {"Conv", "Gemm"}
+    path = tmp_path / "q.onnx"
+    save(write_qdq(residual, plan), path)
+    assert verify(path, images, VerifySettings()).passed
+    (found,) = run_onnx(write_qdq(residual, plan), images.load())
+    # The results are float32 sums in another order: seven digits.
+    np.testing.assert_allclose(
+        found, simulate(residual, plan, images.load()), rtol=1e-5, atol=1e-5
+    )
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").float_results == plan.float_results
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "adaround", "brecq"])
+def test_free_weight_scales_are_closer_and_proved_within_a_step(
+    residual, images, tmp_path, rounding
+):
+    plans = {}
+    for scale in ("pot", "free"):
+        settings = QuantizeSettings(
+            weights=3, weight_scale=scale, rounding=rounding, rounding_iterations=20
+        )
+        plans[scale] = quantize(residual, images, settings).plan
+    free = plans["free"]
+    assert all(quantizer.power_of_two for quantizer in free.tensors.values())
+    for constant in free.constants.values():
+        assert not constant.quantizer.power_of_two
+    scale = free.tensors["r"].scale * free.constants["w2"].quantizer.scale
+    bias = next(
+        c
+        for c in free.constants.values()
+        if c.node == free.constants["w2"].node and c.role == "bias"
+    )
+    assert np.array_equal(bias.quantizer.scale, scale)
+    if rounding == "nearest":
+        error = {
+            kind: np.square(plan.constants["w2"].values - RESIDUAL_ARRAYS["w2"]).sum()
+            for kind, plan in plans.items()
+        }
+        assert error["free"] < error["pot"]
+    path = tmp_path / "q.onnx"
+    save(write_qdq(residual, free, metadata={"zsq.weight_scale": "free"}), path)
+    proof = verify(path, images, VerifySettings())
+    assert proof.passed, proof.failures
+    assert not proof.scales.power_of_two
+    assert proof.scales.not_power_of_two == ()
+    assert len(proof.scales.free) == len(free.constants)
+    assert any("requantization is no shift" in text for text in proof.warnings)
+    save(write_qdq(residual, free), path)  # a file that does not say so
+    assert any(
+        "not a power of two" in t for t in verify(path, images, VerifySettings()).failures
+    )
+    free.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded.constants["w2"].quantizer == free.constants["w2"].quantizer
+
+
+def test_16_bit_activations_are_written_run_and_proved(residual, images, tmp_path, run_onnx):
+    plan = quantize(residual, images, QuantizeSettings(activations=16)).plan
+    path = tmp_path / "q.onnx"
+    proto = write_qdq(residual, plan)
+    save(proto, path)
+    types = {entry.name: entry.data_type for entry in proto.graph.initializer}
+    assert types["r_zero_point"] == onnx.TensorProto.UINT16
+    assert types["y_zero_point"] == onnx.TensorProto.INT16
+    proof = verify(path, images, VerifySettings())
+    assert proof.passed, proof.failures
+    floats = {node.op_type for node in proof.kernels.floats}
+    assert floats >= {"Conv", "Add", "GlobalAveragePool", "Gemm"}
+    assert all("no integer kernel" in node.reason for node in proof.kernels.floats)
+    assert sqnr(residual, plan, images) > sqnr(
+        residual, quantize(residual, images, QuantizeSettings()).plan, images
+    )
+    # Worst cases are those of exact integers: inputs at the ends of their range.
+    weight = plan.constants["w2"].integers.astype(object).reshape(4, -1)
+    bias = next(
+        c
+        for c in plan.constants.values()
+        if c.node == plan.constants["w2"].node and c.role == "bias"
+    ).integers.astype(object)
+    worst = max(
+        max(
+            sum(max(v, 0) for v in row) * 65535 + max(b, 0),
+            -sum(min(v, 0) for v in row) * 65535 - min(b, 0),
+        )
+        for row, b in zip(weight, bias, strict=True)
+    )
+    found = next(entry for entry in proof.accumulators if entry.largest == worst)
+    assert not found.simulation_exact
+    assert found.input_bits == 16
+
+
+def test_wider_inputs_do_not_coarsen_the_weights(make_model, images):
+    """A bias in the finer steps of 16 bits needs more of them."""
+    arrays = {**RESIDUAL_ARRAYS, "b": np.full(4, 30.0, np.float32)}
+    model = prepare_for_quantization(make_model(RESIDUAL, **arrays))
+    exponents = [
+        quantize(model, images, QuantizeSettings(activations=bits))
+        .plan.constants["w2"]
+        .quantizer.exponent
+        for bits in (8, 16)
+    ]
+    assert exponents[0] == exponents[1]
+
+
+def test_widths_of_layers_tensors_and_operands_are_those_of_the_entries(small, images):
+    settings = QuantizeSettings(bits=("@last=W2", "@depthwise=W3", "@add=A4", "@input=A16"))
+    plan = quantize(small, images, settings).plan
+    assert {n: plan.constants[n].quantizer.bits for n in ("w", "dw", "fc")} == {
+        "w": 8,
+        "dw": 3,
+        "fc": 2,
+    }
+    assert {plan.tensors[n].bits for n in ("a",)} == {4}
+    assert plan.tensors["x"].bits == 16
+    assert plan.tensors["r"].bits == 8
+    assert np.abs(plan.constants["fc"].integers).max() <= 2
