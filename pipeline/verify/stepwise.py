@@ -79,6 +79,8 @@ def compare_stepwise(
         rounding: names of the nodes that may round.
         threads: as in `ort.compile`.
     """
+    if graph.batch is not None and len(batch) < graph.batch:  # pieces are run directly
+        batch = np.resize(batch, (graph.batch, *batch.shape[1:]))
     ends = [
         node
         for node in graph.dequantizers

@@ -80,6 +80,48 @@ def test_quantize_leaves_a_model_and_a_folder(digits, held_out, capsys):
     assert not [n for n in floats if operators.get(n) in computing]
 
 
+def test_academic_scheme_with_free_scales_and_widths_in_4_bit_types(digits, capsys):
+    output = digits.with_name("q.onnx")
+    options = [
+        "--weights",
+        4,
+        "--activations",
+        4,
+        "--scheme",
+        "academic",
+        "--container",
+        "int4",
+    ]
+    options += ["--weight-scale", "free", "--bits", "@first=W4", "--bits", "*residual.0*=W2A8"]
+    code, out, err = run(capsys, "quantize", digits, "-o", output, *options, *FAST)
+    assert code == 0, out + err
+    assert "W4A4, free weight scales" in out
+    assert "power of two, " not in out
+    assert "(academic scheme)" in out
+    report = json.loads((output.with_suffix("") / "report.json").read_text())
+    bits = {
+        t["node"]: t["bits"]
+        for t in report["quantization"]["tensors"]
+        if t["kind"] == "weight"
+    }
+    assert {count for node, count in bits.items() if "residual.0" in node} == {2}
+    assert next(iter(bits.values())) == 4
+    assert [node for node, count in bits.items() if count == 8] == [list(bits)[-1]]
+    assert report["settings"]["bits"] == ["@first=W4", "*residual.0*=W2A8"]
+    types = {entry.data_type for entry in onnx.load(output).graph.initializer}
+    assert types >= {onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.INT8}
+    code, out, _ = run(capsys, "verify", output)
+    assert code == 0
+    assert "are free, as the file says" in out
+
+
+def test_widths_for_nothing_are_refused(digits, capsys):
+    err = refuse(capsys, digits.parent, "quantize", digits, "--bits", "stem=W4", *FAST)
+    assert "nearest: /stem" in err
+    err = refuse(capsys, digits.parent, "quantize", digits, "--bits", "@first=W5", *FAST)
+    assert "W2, W3, W4, W8" in err
+
+
 def test_the_same_seed_gives_the_same_bytes(digits, capsys):
     outputs = []
     for name in ("a.onnx", "b.onnx"):

@@ -122,6 +122,7 @@ def test_the_proof_is_plain_json(check: Check) -> None:
         "tensors",
         "kernels",
         "saturation",
+        "stepwise",
         "scales",
         "accumulators",
     }
@@ -393,6 +394,63 @@ def test_one_step_is_allowed_behind_what_has_no_exact_integer_form(
     proof = check(model, np.abs(normal(8)))
     assert proof.passed is passes
     assert any("exact integer form" in text for text in proof.warnings) is passes
+
+
+def free_network(batch: int | str = "N") -> onnx.ModelProto:
+    """The scales of the first layer's weights are no powers of two, and the file says so."""
+    model = residual_network(batch=batch)
+    for name in ("c1_w_scale", "c1_b_scale"):
+        entry = next(e for e in model.graph.initializer if e.name == name)
+        replace(model, name, np.float32(0.7) * numpy_helper.to_array(entry))
+    helper.set_model_props(model, {"zsq.weight_scale": "free"})
+    return model
+
+
+@pytest.mark.parametrize("batch", ["N", 8])
+def test_free_weight_scales_are_proved_tensor_by_tensor(
+    check: Check, monkeypatch: pytest.MonkeyPatch, batch: int | str
+) -> None:
+    """A bias changed by a fifth of a step stands for float sums that round otherwise."""
+    tampered(monkeypatch, "optimized", "c1_b_q", lambda bias: bias + 70)
+    proof = check(free_network(batch), normal(21))
+    assert proof.passed, proof.failures
+    assert not proof.scales.power_of_two
+    assert proof.scales.free == ("c1_w_scale", "c1_b_scale")
+    assert [entry.free_scales for entry in proof.accumulators] == [True, False, False, False]
+    assert not proof.accumulators[0].simulation_exact
+    assert proof.tensors[0].between("unoptimized", "optimized").differing > 0
+    stepwise = proof.stepwise
+    assert stepwise is not None
+    assert (stepwise.inexact, stepwise.largest_steps, stepwise.worst) == (1, 1.0, "r1_dq")
+    assert 0 < stepwise.differing < stepwise.elements / 2
+    assert (
+        json.loads(json.dumps(proof.to_dict()))["stepwise"]["tensors"]
+        == stepwise.tensors
+        == 10
+    )
+
+
+@pytest.mark.parametrize(
+    ("weight", "change"),
+    [
+        ("c1_w_q", np.negative),  # by more than a step, where sums round
+        ("c2_b_q", lambda bias: bias + 70),  # by a step, where they do not
+    ],
+)
+def test_free_weight_scales_excuse_no_other_difference(
+    check: Check, monkeypatch: pytest.MonkeyPatch, weight: str, change: Callable[..., Any]
+) -> None:
+    tampered(monkeypatch, "optimized", weight, change)
+    proof = check(free_network())
+    assert not proof.passed
+    assert proof.stepwise is not None
+    assert bool(proof.stepwise.unexplained) is (weight == "c2_b_q")
+
+
+def test_free_scales_of_activations_fail_whatever_the_file_says(check: Check) -> None:
+    model = free_network()
+    replace(model, "r2_scale", np.float32(0.03))
+    assert any("r2_scale" in text for text in check(model).failures)
 
 
 @pytest.mark.parametrize("batch", [1, 8])
