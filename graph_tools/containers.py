@@ -69,15 +69,16 @@ def refuse_unsupported(model: Model, plan: Plan) -> None:
 
 def _failures(node: NodeProto, plan: Plan, output: str) -> Iterator[str]:
     # Its optimizer puts integer kernels in place that do not take these types.
-    before, after = (
-        plan.tensors.get(node.input[0] if node.input else ""),
-        plan.tensors.get(output),
-    )
-    if before is None or after is None or not before.bits == after.bits == 4:
+    types = []
+    for tensor in (node.input[0] if node.input else "", output):
+        if (quantizer := plan.tensors.get(tensor)) is not None:
+            midpoint = tensor in plan.midpoint
+            types.append(container_type(quantizer, "int4", midpoint=midpoint))
+    if len(types) != 2 or types[0] != types[1] or width(types[0]) != 4:
         return
     if node.op_type == "MaxPool":
-        yield "on 4-bit integers"
+        yield f"on {types[0]}"
     if node.op_type == "Conv" and len(node.input) > 1:
         weight = plan.constants.get(node.input[1])
         if weight is not None and weight.quantizer.bits > 4:
-            yield "with 8-bit weights from 4-bit integers to 4-bit integers"
+            yield f"with 8-bit weights from {types[0]} to {types[0]}"

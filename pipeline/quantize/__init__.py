@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -115,7 +116,7 @@ def quantize(
         whole = model.fixed_batch is not None
         return Lockstep(graph, tensors, constants, batches(), whole_batches=whole)
 
-    notes = []
+    notes = list(_other_widths(widths, settings))
     if settings.rounding != "nearest":
         lockstep = side_by_side()
         constants.update(_learn(lockstep, placement, settings, seed, on_step))
@@ -157,6 +158,18 @@ def quantize(
     }
     logger.info("%d tensors, %d constants quantized", len(tensors), len(constants))
     return Quantization(plan=plan, clipped_percent=clipped, notes=tuple(notes))
+
+
+def _other_widths(widths: Widths, settings: QuantizeSettings) -> Iterator[str]:
+    """Say how many weights and tensors have other bits than most."""
+    for kind, bits, usual in (
+        ("weights", widths.weights, settings.weights),
+        ("tensors", widths.activations, settings.activations),
+    ):
+        found = Counter(count for count in bits.values() if count != usual)
+        if found:
+            listed = ", ".join(f"{number} have {count}" for count, number in found.items())
+            yield f"bits of {len(bits)} {kind}: {usual}, but {listed}"
 
 
 def _left_alone(model: Model, tail: IntegerTail) -> Iterator[FloatNode]:

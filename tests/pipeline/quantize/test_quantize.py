@@ -435,3 +435,10 @@ def test_widths_of_layers_tensors_and_operands_are_those_of_the_entries(small, i
     assert plan.tensors["x"].bits == 16
     assert plan.tensors["r"].bits == 8
     assert np.abs(plan.constants["fc"].integers).max() <= 2
+
+
+def test_notes_say_how_many_have_other_bits(small, images):
+    notes = quantize(small, images, QuantizeSettings(bits=("@first=W4A16", "@last=W2"))).notes
+    assert "bits of 3 weights: 8, but 1 have 4, 1 have 2" in notes
+    assert any(note.endswith("tensors: 8, but 1 have 16") for note in notes)
+    assert not any("bits of" in n for n in quantize(small, images, QuantizeSettings()).notes)
