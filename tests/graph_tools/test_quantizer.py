@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -95,3 +96,32 @@ def test_a_plan_that_is_not_one_is_refused(tmp_path: Path):
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(DataError, match="not a readable plan"):
         Plan.load(tmp_path / "plan.json")
+
+
+def test_free_scales_are_in_force_and_kept(tmp_path):
+    scales = tuple(float(np.float32(scale)) for scale in (0.3, 0.7))
+    free = TensorQuantizer(bits=4, signed=True, exponent=(-1, 0), axis=0, scales=scales)
+    assert not free.power_of_two
+    values = np.array([[0.31, -9.0], [0.71, 1.3]], np.float32)
+    integers = free.quantize(values)
+    assert integers.tolist() == [[1, -8], [1, 2]]
+    assert np.array_equal(free.dequantize(integers), integers * np.float32([[0.3], [0.7]]))
+    assert TensorQuantizer.from_dict(free.to_dict()) == free
+    assert "scales" not in TensorQuantizer(bits=4, signed=True, exponent=0).to_dict()
+
+
+@pytest.mark.parametrize("exponent", [0, (0,)])
+def test_free_scales_are_one_a_channel(exponent):
+    axis = None if exponent == 0 else 0
+    with pytest.raises(ValueError, match="free scales"):
+        TensorQuantizer(bits=4, signed=True, exponent=exponent, axis=axis, scales=(0.3, 0.7))
+
+
+def test_plans_from_before_float_results_still_load(tmp_path):
+    quantizer = TensorQuantizer(bits=8, signed=True, exponent=-3)
+    plan = Plan(tensors={"x": quantizer}, constants={})
+    plan.save(tmp_path / "plan.json")
+    document = json.loads((tmp_path / "plan.json").read_text())
+    del document["float_results"]
+    (tmp_path / "plan.json").write_text(json.dumps(document))
+    assert Plan.load(tmp_path / "plan.json") == plan
