@@ -17,12 +17,13 @@ from graph_tools.model import Model, initializers
 from graph_tools.quantizer import FloatNode, Plan, QuantizedConstant, TensorQuantizer
 from graph_tools.torch_graph import TorchGraph
 from pipeline.images import ImageSet
-from pipeline.quantize.bias_correction import correct_biases
+from pipeline.quantize.bias_correction import correct_biases, correct_biases_analytically
 from pipeline.quantize.lockstep import Lockstep
 from pipeline.quantize.observe import Histogram, observe
 from pipeline.quantize.placement import Placement, place
 from pipeline.quantize.reconstruction import Reconstruction, reconstruct
-from pipeline.quantize.thresholds import activation_exponent, ceil_log2
+from pipeline.quantize.second_moment import SecondMomentCorrection
+from pipeline.quantize.thresholds import activation_exponent, ceil_log2, without_outliers
 from pipeline.quantize.weights import (
     input_exponent,
     quantize_bias,
@@ -120,8 +121,20 @@ def quantize(
             f"roundings learned on {lockstep.num_images} images ({settings.rounding})"
         )
         on_step = None  # what is left is quick
-    if settings.bias_correction:
+    if settings.bias_correction == "analytic":
+        constants.update(
+            correct_biases_analytically(
+                graph, batches(), placement.weighted, values, tensors, constants
+            )
+        )
+        notes.append("biases corrected by the means of the float network's inputs")
+    elif settings.bias_correction == "empirical":
         lockstep = side_by_side()
+        rescale = (
+            SecondMomentCorrection(values, settings.threshold)
+            if settings.second_moment_correction
+            else None
+        )
         corrected = correct_biases(
             lockstep,
             placement.weighted,
@@ -130,9 +143,12 @@ def quantize(
                 for site in placement.weighted.values()
                 if site.bias
             },
+            rescale=rescale,
             on_step=None if on_step is None else (lambda i, n: on_step(i, n, {})),
         )
         constants.update(corrected)
+        if rescale is not None:
+            notes.append(f"second moments corrected: {rescale.num_channels} channels")
         notes.append(f"biases corrected on {lockstep.num_images} images")
     plan = Plan(
         tensors=tensors,
@@ -192,7 +208,7 @@ def _activation_quantizers(
         else:
             exponent = activation_exponent(
                 histogram.centers,
-                histogram.counts,
+                without_outliers(histogram.centers, histogram.counts, settings.outlier_z),
                 bits=bits,
                 signed=signed,
                 metric=settings.threshold,

@@ -14,7 +14,14 @@ import numpy as np
 
 from graph_tools.quantizer import TensorQuantizer
 
-__all__ = ["FLOOR", "Metric", "activation_exponent", "ceil_log2", "weight_exponents"]
+__all__ = [
+    "FLOOR",
+    "Metric",
+    "activation_exponent",
+    "ceil_log2",
+    "weight_exponents",
+    "without_outliers",
+]
 
 Metric = Literal["mse", "mae", "kl", "no-clipping"]
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -48,6 +55,28 @@ def _largest_exponent(low: float, high: float, bits: int, signed: bool) -> int:
     bottom, top = _integer_range(bits, signed)
     magnitude = max(high / top, low / bottom if signed else 0.0)
     return ceil_log2(max(magnitude, FLOOR / 2 ** (bits - signed)))
+
+
+def without_outliers(centers: Array, counts: Array, z: float) -> Array:
+    """The counts of a histogram, zero in bins further than ``z`` standard deviations off the mean.
+
+    HPTQ (arXiv 2109.09113), outlier removal. The range that the threshold search starts from
+    shrinks with it.
+
+    Args:
+        centers: [bins] bin centers.
+        counts: [bins] how many values fell in each.
+        z: at least 1, so that something is left; 0 changes nothing.
+    """
+    total = float(counts.sum())
+    if z == 0.0 or total == 0.0:
+        return counts
+    mean = float(np.dot(centers, counts)) / total
+    deviation = math.sqrt(float(np.dot((centers - mean) ** 2, counts)) / total)
+    far = np.abs(centers - mean) > z * deviation
+    if deviation <= 1e-12 * abs(mean):  # all in one bin: the rest is rounding
+        return counts
+    return np.where(far, 0.0, counts)
 
 
 def activation_exponent(
