@@ -1,4 +1,4 @@
-"""Decide every quantizer of a network from images: the plan. Changes no graph."""
+"""Decide every quantizer of a network from images: the plan."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from pipeline.quantize.observe import Histogram, observe
 from pipeline.quantize.placement import Placement, place
 from pipeline.quantize.reconstruction import Reconstruction, reconstruct
 from pipeline.quantize.second_moment import SecondMomentCorrection
+from pipeline.quantize.shift_negative import shift_negatives
 from pipeline.quantize.thresholds import activation_exponent, ceil_log2, without_outliers
 from pipeline.quantize.weights import (
     input_exponent,
@@ -48,11 +49,13 @@ class Quantization:
     """A plan, and what was seen while making it.
 
     Attributes:
+        model: the network that the plan is for: the given one, or with shifts added to it.
         plan: quantizers and integers.
         clipped_percent: share of each quantized tensor's float values outside its quantizer.
         notes: in words, for the user.
     """
 
+    model: Model
     plan: Plan
     clipped_percent: Mapping[str, float]
     notes: tuple[str, ...]
@@ -82,15 +85,6 @@ def quantize(
         ModelError: the graph has nothing to quantize.
         DataError: the network is not finite on the images.
     """
-    tail = find_integer_tail(model.proto)
-    graph = TorchGraph(model.proto, outputs=tail.ends)
-    placement = place(replace(model, outputs=tail.ends), graph.steps)
-    if not placement.weighted:
-        raise ModelError(
-            "no convolution, Gemm or MatMul with constant weights",
-            where=str(model.source or "model"),
-            hint="there is nothing to quantize",
-        )
     size = _batch_size(model)
 
     def batches() -> Iterator[torch.Tensor]:
@@ -99,6 +93,20 @@ def quantize(
                 batch = np.resize(batch, (size, *batch.shape[1:]))
             yield torch.from_numpy(batch)
 
+    notes = []
+    shifted: dict[str, str] = {}
+    if settings.shift_negative:
+        model, shifted = shift_negatives(model, batches, settings)
+        notes.append(f"negative values shifted away: {len(shifted)} tensors")
+    tail = find_integer_tail(model.proto)
+    graph = TorchGraph(model.proto, outputs=tail.ends)
+    placement = place(replace(model, outputs=tail.ends), graph.steps, shifted=shifted)
+    if not placement.weighted:
+        raise ModelError(
+            "no convolution, Gemm or MatMul with constant weights",
+            where=str(model.source or "model"),
+            hint="there is nothing to quantize",
+        )
     histograms = observe(graph, placement.roots, batches)
     tensors = _activation_quantizers(placement, histograms, settings, model.input.name)
     absorbed = _absorb_activations(placement, tensors)
@@ -111,7 +119,6 @@ def quantize(
         whole = model.fixed_batch is not None
         return Lockstep(graph, tensors, constants, batches(), whole_batches=whole)
 
-    notes = []
     if settings.rounding != "nearest":
         lockstep = side_by_side()
         constants.update(_learn(lockstep, placement, settings, seed, on_step))
@@ -166,7 +173,7 @@ def quantize(
         for name, histogram in histograms.items()
     }
     logger.info("%d tensors, %d constants quantized", len(tensors), len(constants))
-    return Quantization(plan=plan, clipped_percent=clipped, notes=tuple(notes))
+    return Quantization(model=model, plan=plan, clipped_percent=clipped, notes=tuple(notes))
 
 
 def _left_alone(model: Model, tail: IntegerTail) -> Iterator[FloatNode]:

@@ -19,6 +19,7 @@ __all__ = [
     "Metric",
     "activation_exponent",
     "ceil_log2",
+    "squared_error",
     "weight_exponents",
     "without_outliers",
 ]
@@ -113,6 +114,14 @@ def activation_exponent(
         if error < best_error:
             best, best_error = exponent, error
     return best
+
+
+def squared_error(
+    centers: Array, counts: Array, *, exponent: int, bits: int, signed: bool
+) -> float:
+    """Sum of the squared errors that a quantizer makes on a histogram."""
+    quantized = _quantized(centers, 2.0**exponent, bits, signed)
+    return float(np.dot(counts, (quantized - centers) ** 2))
 
 
 def _kl_divergence(
