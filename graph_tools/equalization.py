@@ -141,8 +141,8 @@ def _highest(node: gs.Node) -> Array:
     weight = np.moveaxis(
         np.asarray(node.inputs[1].values, np.float64), output_channel_axis(node), 0
     )
-    # float32 sums round: leave room
-    return (bias + top * np.maximum(weight, 0).reshape(bias.size, -1).sum(axis=1)) * (1 + 1e-4)
+    highest = bias + top * np.maximum(weight, 0).reshape(bias.size, -1).sum(axis=1)
+    return np.asarray(highest * (1 + 1e-4))  # float32 sums round: leave room
 
 
 def _bound_of_values(tensor: gs.Tensor) -> float | None:
