@@ -18,7 +18,13 @@ from pipeline.quantize import quantize
 from pipeline.quantize.observe import Histogram
 from pipeline.quantize.shift_negative import choose_shift
 from pipeline.quantize.simulate import fake_quantize
-from pipeline.settings import QuantizeSettings, VerifySettings
+from pipeline.run import QuantizeJob, quantize_file
+from pipeline.settings import (
+    GenerateSettings,
+    InputSettings,
+    QuantizeSettings,
+    VerifySettings,
+)
 from pipeline.verify import verify
 
 RNG = np.random.default_rng(3)
@@ -132,6 +138,31 @@ def test_the_file_is_proven(swish, images, tmp_path):
     result = quantize(swish, images, ON)
     save(write_qdq(result.model, result.plan), tmp_path / "q.onnx")
     assert verify(tmp_path / "q.onnx", images, VerifySettings()).passed
+
+
+def test_a_run_shifts_and_equalizes_and_says_so(make_model, images, tmp_path):
+    model = make_model(
+        "g (float[N,3,8,8] x) => (float[N,5,4,4] y) { c = Conv(x, w) s = HardSwish(c)"
+        " d = Conv(s, v) r = Relu(d) y = Conv<pads=[1,1,1,1]>(r, u) }",
+        w=normal(8, 3, 3, 3),
+        v=normal(6, 8, 3, 3) * np.array([1, 8, 64, 1, 8, 64], np.float32).reshape(6, 1, 1, 1),
+        u=normal(5, 6, 3, 3),
+    )
+    job = QuantizeJob(
+        model=model.source,
+        output=tmp_path / "q.onnx",
+        images=images.path,
+        input=InputSettings(mean=("0.5",), std=("0.5",)),
+        generation=GenerateSettings(),
+        quantization=replace(ON, equalization=True),
+        verification=VerifySettings(),
+    )
+    result = quantize_file(job)
+    assert result.proof.passed
+    notes = result.report["quantization"]["notes"]
+    assert "channels equalized behind 1 of 2 operators" in notes
+    assert "not equalized, because of what reads the channels: HardSwish 1" in notes
+    assert "negative values shifted away: 1 tensors" in notes
 
 
 def test_learned_rounding_takes_the_shifted_network(swish, images):
