@@ -120,7 +120,7 @@ def run_cell(name: str, images: str, seed: int, args: argparse.Namespace) -> dic
                 activations=args.activations,
                 rounding=args.rounding,
                 rounding_iterations=args.rounding_iterations,
-                bias_correction=not args.no_bias_correction,
+                bias_correction="none" if args.no_bias_correction else "empirical",
             ),
             verification=VerifySettings(max_images=args.verify_images),
         )

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from graph_tools.equalization import equalize_channels
 from graph_tools.errors import SettingsError, ZsqError
 from graph_tools.model import Model, load, save
 from graph_tools.prepare import prepare_for_quantization
@@ -144,6 +145,8 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
             images, preprocessing, generated = _calibration_images(job, model, work, progress)
         with clock("quantize"):
             network = prepare_for_quantization(model)
+            if job.quantization.equalization:
+                network = equalize_channels(network)
             quantization = quantize(
                 network,
                 images,
@@ -151,6 +154,7 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
                 seed=job.generation.seed,
                 on_step=lambda done, total, terms: progress("quantize", done, total, terms),
             )
+            network = quantization.model
         with clock("write"):
             written = work / job.output.name
             properties = metadata(model, job, preprocessing, generated)

@@ -134,14 +134,48 @@ class QuantizeSettings:
     zero_point: Literal["auto", "zero"] = "auto"
     """auto: signed tensors that several operators read are stored as uint8 around 128, the form
     for which onnxruntime has integer kernels; zero: int8, zero point 0, everywhere."""
-    bias_correction: bool = True
-    """Correct each layer's bias by its mean error on the quantized prefix."""
+    outlier_z: float = 0.0
+    """Values further than this many standard deviations from a tensor's mean do not count when its
+    threshold is chosen (published: 24); 0 counts all."""
+    equalization: bool = False
+    """Cross-layer equalization: scale the channels between two weighted operators, by powers of
+    two and so without changing the float values, until the weights before and behind are alike."""
+    shift_negative: bool = False
+    """Shift the outputs of SiLU, hard-swish, GELU, PReLU and the like so that they are never
+    negative where that gives them finer steps; the biases behind take it back."""
+    bias_correction: Literal["none", "empirical", "analytic"] = "empirical"
+    """How biases are corrected for the rounding of the weights. empirical: by each channel's mean
+    error on the quantized prefix, layer by layer; analytic: by the rounding errors of the weights
+    times the float network's mean input."""
+    second_moment_correction: bool = False
+    """Rescale each output channel's weights, before they are rounded, so that its standard
+    deviation on the quantized prefix is that of the float network; its mean is what
+    --bias-correction empirical brings back."""
 
     def __post_init__(self) -> None:
         iterations = self.rounding_iterations
         _require(iterations >= 0, "rounding_iterations", iterations, "0 or more")
         _require(0 <= self.qdrop <= 1, "qdrop", self.qdrop, "in 0..1")
         self.widths()
+        z = self.outlier_z
+        _require(z == 0 or 1 <= z < math.inf, "outlier_z", z, "0, or 1 or more")
+        if self.second_moment_correction:
+            self._check_second_moment_correction()
+
+    def _check_second_moment_correction(self) -> None:
+        where = "--second-moment-correction"
+        if self.rounding != "nearest":
+            raise SettingsError(
+                "weights are rescaled and rounded anew, which undoes learned roundings",
+                where=where,
+                hint=f"leave out one of it and --rounding {self.rounding}",
+            )
+        if self.bias_correction != "empirical":
+            raise SettingsError(
+                "the means are brought back by the biases, which are corrected otherwise",
+                where=where,
+                hint="leave --bias-correction at empirical",
+            )
 
     def widths(self) -> tuple[tuple[str, int | None, int | None], ...]:
         """Entries of ``bits``: pattern, bits of weights, bits of activations (None: as they are).

@@ -1,4 +1,4 @@
-"""Decide every quantizer of a network from images: the plan. Changes no graph."""
+"""Decide every quantizer of a network from images: the plan."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from graph_tools.model import Model, initializers
 from graph_tools.quantizer import FloatNode, Plan, QuantizedConstant, TensorQuantizer
 from graph_tools.torch_graph import TorchGraph
 from pipeline.images import ImageSet
-from pipeline.quantize.bias_correction import correct_biases
+from pipeline.quantize.bias_correction import correct_biases, correct_biases_analytically
 from pipeline.quantize.lockstep import Lockstep
 from pipeline.quantize.observe import Histogram, observe
 from pipeline.quantize.placement import Placement, place
 from pipeline.quantize.reconstruction import Reconstruction, reconstruct
-from pipeline.quantize.thresholds import activation_exponent, ceil_log2
+from pipeline.quantize.second_moment import SecondMomentCorrection
+from pipeline.quantize.shift_negative import shift_negatives
+from pipeline.quantize.thresholds import activation_exponent, ceil_log2, without_outliers
 from pipeline.quantize.weights import (
     bias_bits,
     input_exponent,
@@ -50,11 +52,13 @@ class Quantization:
     """A plan, and what was seen while making it.
 
     Attributes:
+        model: the network that the plan is for: the given one, or with shifts added to it.
         plan: quantizers and integers.
         clipped_percent: share of each quantized tensor's float values outside its quantizer.
         notes: in words, for the user.
     """
 
+    model: Model
     plan: Plan
     clipped_percent: Mapping[str, float]
     notes: tuple[str, ...]
@@ -85,16 +89,6 @@ def quantize(
         ModelError: the graph has nothing to quantize.
         DataError: the network is not finite on the images.
     """
-    tail = find_integer_tail(model.proto)
-    graph = TorchGraph(model.proto, outputs=tail.ends)
-    placement = place(replace(model, outputs=tail.ends), graph.steps, scheme=settings.scheme)
-    if not placement.weighted:
-        raise ModelError(
-            "no convolution, Gemm or MatMul with constant weights",
-            where=str(model.source or "model"),
-            hint="there is nothing to quantize",
-        )
-    widths = choose_widths(placement, graph.steps, replace(model, outputs=tail.ends), settings)
     size = _batch_size(model)
 
     def batches() -> Iterator[torch.Tensor]:
@@ -103,6 +97,23 @@ def quantize(
                 batch = np.resize(batch, (size, *batch.shape[1:]))
             yield torch.from_numpy(batch)
 
+    notes: list[str] = []
+    shifted: dict[str, str] = {}
+    if settings.shift_negative:
+        model, shifted = shift_negatives(model, batches, settings)
+        notes.append(f"negative values shifted away: {len(shifted)} tensors")
+    tail = find_integer_tail(model.proto)
+    graph = TorchGraph(model.proto, outputs=tail.ends)
+    ending = replace(model, outputs=tail.ends)
+    placement = place(ending, graph.steps, scheme=settings.scheme, shifted=shifted)
+    if not placement.weighted:
+        raise ModelError(
+            "no convolution, Gemm or MatMul with constant weights",
+            where=str(model.source or "model"),
+            hint="there is nothing to quantize",
+        )
+    widths = choose_widths(placement, graph.steps, ending, settings)
+    notes.extend(_other_widths(widths, settings))
     histograms = observe(graph, placement.roots, batches)
     tensors = _activation_quantizers(placement, histograms, widths, settings, model.input.name)
     absorbed = _absorb_activations(placement, tensors)
@@ -116,7 +127,6 @@ def quantize(
         whole = model.fixed_batch is not None
         return Lockstep(graph, tensors, constants, batches(), whole_batches=whole)
 
-    notes = list(_other_widths(widths, settings))
     if settings.rounding != "nearest":
         lockstep = side_by_side()
         constants.update(_learn(lockstep, placement, settings, seed, on_step))
@@ -126,8 +136,20 @@ def quantize(
             f"roundings learned on {lockstep.num_images} images ({settings.rounding})"
         )
         on_step = None  # what is left is quick
-    if settings.bias_correction:
+    if settings.bias_correction == "analytic":
+        constants.update(
+            correct_biases_analytically(
+                graph, batches(), placement.weighted, values, tensors, constants
+            )
+        )
+        notes.append("biases corrected by the means of the float network's inputs")
+    elif settings.bias_correction == "empirical":
         lockstep = side_by_side()
+        rescale = (
+            SecondMomentCorrection(values, settings.threshold)
+            if settings.second_moment_correction
+            else None
+        )
         corrected = correct_biases(
             lockstep,
             placement.weighted,
@@ -136,9 +158,12 @@ def quantize(
                 for site in placement.weighted.values()
                 if site.bias
             },
+            rescale=rescale,
             on_step=None if on_step is None else (lambda i, n: on_step(i, n, {})),
         )
         constants.update(corrected)
+        if rescale is not None:
+            notes.append(f"second moments corrected: {rescale.num_channels} channels")
         notes.append(f"biases corrected on {lockstep.num_images} images")
     plan = Plan(
         tensors=tensors,
@@ -157,7 +182,7 @@ def quantize(
         for name, histogram in histograms.items()
     }
     logger.info("%d tensors, %d constants quantized", len(tensors), len(constants))
-    return Quantization(plan=plan, clipped_percent=clipped, notes=tuple(notes))
+    return Quantization(model=model, plan=plan, clipped_percent=clipped, notes=tuple(notes))
 
 
 def _other_widths(widths: Widths, settings: QuantizeSettings) -> Iterator[str]:
@@ -211,7 +236,7 @@ def _activation_quantizers(
         else:
             exponent = activation_exponent(
                 histogram.centers,
-                histogram.counts,
+                without_outliers(histogram.centers, histogram.counts, settings.outlier_z),
                 bits=bits,
                 signed=signed,
                 metric=settings.threshold,

@@ -13,6 +13,7 @@ arithmetic behind the last weights    none: decoding stays in float, and so does
 what a Div divides by, or Log reads   none, nor the arithmetic that leads there: tiny values
                                       count there, and zero is no number to divide by
 positions that GridSample, ... read   none, nor the arithmetic that leads there
+non-linearities that are shifted      none; the sum with the shift has one, unsigned
 integers, booleans, shapes            none
 ====================================  ==========================================================
 
@@ -134,7 +135,11 @@ def treatment(op_type: str) -> str:
 
 
 def place(
-    model: Model, steps: Sequence[Step], *, scheme: Literal["full", "academic"] = "full"
+    model: Model,
+    steps: Sequence[Step],
+    *,
+    scheme: Literal["full", "academic"] = "full",
+    shifted: Mapping[str, str] | None = None,
 ) -> Placement:
     """Decide which tensors of a prepared network are quantized.
 
@@ -142,13 +147,21 @@ def place(
         model: the network, prepared for quantization.
         steps: its operators in topological order.
         scheme: every tensor of the table, or those of the academic scheme.
+        shifted: tensors that are shifted until they are not negative, with the shifted tensor.
     """
-    return _Placer(model, steps, scheme == "academic").run()
+    return _Placer(model, steps, scheme == "academic", shifted or {}).run()
 
 
 class _Placer:
-    def __init__(self, model: Model, steps: Sequence[Step], academic: bool) -> None:
-        self.model, self.steps, self.academic = model, steps, academic
+    def __init__(
+        self,
+        model: Model,
+        steps: Sequence[Step],
+        academic: bool,
+        shifted: Mapping[str, str],
+    ) -> None:
+        self.model, self.steps = model, steps
+        self.academic, self.shifted = academic, shifted
         self.constants = initializers(model.proto)
         self.types = _element_types(model.proto)
         self.readers: dict[str, list[Step]] = {}
@@ -326,6 +339,8 @@ class _Placer:
                     continue
                 if self._is_nonnegative(step, nonnegative, clip_bounds):
                     nonnegative.add(tensor)
+                if tensor in self.shifted:
+                    continue
                 if step.op_type in _UNIT_RANGE or step.op_type == "Tanh":
                     unit.add(tensor)
                 source = self._shared_root(step, root)
@@ -388,7 +403,7 @@ class _Placer:
         known: set[str],
         clip_bounds: Mapping[str, tuple[float, float]],
     ) -> bool:
-        if step.op_type in _NEVER_NEGATIVE:
+        if step.op_type in _NEVER_NEGATIVE or step.outputs[0] in self.shifted.values():
             return True
         if step.op_type == "Clip" and clip_bounds[step.name][0] >= 0:
             return True

@@ -21,8 +21,10 @@ __all__ = [
     "Metric",
     "activation_exponent",
     "ceil_log2",
+    "squared_error",
     "weight_exponents",
     "weight_scales",
+    "without_outliers",
 ]
 
 Metric = Literal["mse", "mae", "kl", "no-clipping"]
@@ -61,6 +63,28 @@ def _largest_exponent(low: float, high: float, bits: int, signed: bool) -> int:
     return ceil_log2(max(magnitude, FLOOR / 2 ** (bits - signed)))
 
 
+def without_outliers(centers: Array, counts: Array, z: float) -> Array:
+    """The counts of a histogram, zero in bins further than ``z`` standard deviations off the mean.
+
+    HPTQ (arXiv 2109.09113), outlier removal. The range that the threshold search starts from
+    shrinks with it.
+
+    Args:
+        centers: [bins] bin centers.
+        counts: [bins] how many values fell in each.
+        z: at least 1, so that something is left; 0 changes nothing.
+    """
+    total = float(counts.sum())
+    if z == 0.0 or total == 0.0:
+        return counts
+    mean = float(np.dot(centers, counts)) / total
+    deviation = math.sqrt(float(np.dot((centers - mean) ** 2, counts)) / total)
+    far = np.abs(centers - mean) > z * deviation
+    if deviation <= 1e-12 * abs(mean):  # all in one bin: the rest is rounding
+        return counts
+    return np.where(far, 0.0, counts)
+
+
 def activation_exponent(
     centers: Array, counts: Array, *, bits: int, signed: bool, metric: Metric = "mse"
 ) -> int:
@@ -95,6 +119,14 @@ def activation_exponent(
         if error < best_error:
             best, best_error = exponent, error
     return best
+
+
+def squared_error(
+    centers: Array, counts: Array, *, exponent: int, bits: int, signed: bool
+) -> float:
+    """Sum of the squared errors that a quantizer makes on a histogram."""
+    quantized = _quantized(centers, 2.0**exponent, bits, signed)
+    return float(np.dot(counts, (quantized - centers) ** 2))
 
 
 def _kl_divergence(

@@ -172,7 +172,7 @@ def make_report(num_layers: int = 19, num_iterations: int = 40) -> dict[str, Any
             "num_images": 256,
             "seed": 0,
             "device": "cpu",
-            "bias_correction": True,
+            "bias_correction": "empirical",
             "data": None,
             "threshold": "mse",
         },

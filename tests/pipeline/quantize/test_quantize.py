@@ -95,14 +95,14 @@ def test_more_bits_are_more_faithful(small, images, weights, activations, least)
 def test_bias_correction_removes_the_mean_error(small, images, run_onnx):
     exact = run_onnx(small.proto, images.load())[0].mean(axis=0)
     errors = {}
-    for correct in (False, True):
+    for correct in ("none", "empirical"):
         settings = QuantizeSettings(weights=3, bias_correction=correct)
         plan = quantize(small, images, settings).plan
         found = run_onnx(write_qdq(small, plan), images.load())[0].mean(axis=0)
         errors[correct] = np.abs(found - exact).max()
         step = float(plan.tensors["y"].scale)
-    assert errors[True] < step  # rounding of the last quantizer is all that is left
-    assert errors[False] > 2 * errors[True]
+    assert errors["empirical"] < step  # rounding of the last quantizer is all that is left
+    assert errors["none"] > 2 * errors["empirical"]
 
 
 def test_clip_that_cannot_vanish_has_the_same_quantizer_before_and_after(small, images):

@@ -147,7 +147,7 @@ def test_adaround_finds_roundings_as_good_as_brute_force(make_model, tmp_path):
             model,
             images,
             QuantizeSettings(
-                weights=3, activations=16, rounding=rounding, bias_correction=False
+                weights=3, activations=16, rounding=rounding, bias_correction="none"
             ),
         ).plan
         for rounding in ("nearest", "adaround")
@@ -238,7 +238,7 @@ def test_roundings_that_do_not_beat_the_nearest_are_not_kept(residual, images, m
         quantize(
             residual,
             images,
-            QuantizeSettings(rounding=rounding, rounding_iterations=3, bias_correction=False),
+            QuantizeSettings(rounding=rounding, rounding_iterations=3, bias_correction="none"),
         ).plan
         for rounding in ("nearest", "adaround")
     ]

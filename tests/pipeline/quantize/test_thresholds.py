@@ -11,6 +11,7 @@ from pipeline.quantize.thresholds import (
     ceil_log2,
     weight_exponents,
     weight_scales,
+    without_outliers,
 )
 
 
@@ -112,3 +113,31 @@ def test_free_scales_are_those_of_a_dense_search(bits):
 
 def test_a_free_scale_of_a_channel_of_zeros_is_a_number():
     assert np.all(np.array(weight_scales(np.zeros((2, 3), np.float32), axis=0, bits=4)) > 0)
+
+
+def test_outliers_are_those_of_the_values_themselves():
+    values = np.append(np.random.default_rng(0).normal(3, 2, size=10_000), [60.0, -50.0])
+    for z in (1.0, 3.0, 24.0, 30.0):
+        unique, counts = np.unique(values, return_counts=True)
+        kept = unique[without_outliers(unique, counts, z) > 0]
+        near = np.abs(values - values.mean()) <= z * values.std()
+        assert np.array_equal(kept, np.unique(values[near]))
+    assert len(kept) == len(unique)  # of 30 deviations nothing is further
+
+
+def test_without_outliers_the_smallest_scale_shrinks():
+    values = np.append(np.random.default_rng(0).normal(size=10_000), 100.0)
+    unique, counts = np.unique(values, return_counts=True)
+    for metric in ("no-clipping", "mse"):
+        clean = activation_exponent(
+            unique, without_outliers(unique, counts, 24.0), bits=8, signed=True, metric=metric
+        )
+        assert clean == activation_exponent(
+            unique[:-1], counts[:-1], bits=8, signed=True, metric=metric
+        )
+
+
+@pytest.mark.parametrize("value", [0.0, 1 / 3, 1e6])
+def test_a_constant_tensor_has_no_outliers(value):
+    assert without_outliers(np.array([value, 2e6]), np.array([7.0, 0.0]), 1.0).sum() == 7
+    assert without_outliers(np.array([value]), np.zeros(1), 24.0).sum() == 0
