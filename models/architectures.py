@@ -1,7 +1,7 @@
-"""The two small networks that the project ships, for 1x8x8 images of digits.
+"""The networks that the project ships: two for 1x8x8 images of digits, one for CIFAR-10.
 
-Both end in a global average over 4x4 values, a power of two, so that the mean is a shift in
-integer arithmetic.
+All end in a global average over 4x4 values, a power of two, so that the mean is a shift
+in integer arithmetic.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import nn
 
-__all__ = ["DigitsMobileNet", "DigitsResNet"]
+__all__ = ["CifarMobileNet", "DigitsMobileNet", "DigitsResNet"]
 
 
 class DigitsResNet(nn.Module):
@@ -61,6 +61,37 @@ class DigitsMobileNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the logits [N, 10] of images [N, 1, 8, 8]."""
+        features = self.pool(self.head(self.blocks(self.stem(images))))
+        return cast(torch.Tensor, self.classifier(features.flatten(1)))
+
+
+class CifarMobileNet(nn.Module):
+    """A MobileNetV2 of 0.2 million parameters for CIFAR-10.
+
+    Takes [N, 3, 32, 32] float32 and returns logits [N, 10]. After Sandler et al., MobileNetV2:
+    Inverted Residuals and Linear Bottlenecks (2018), with strides for small images, the last
+    blocks at 4x4.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _conv_bn_relu6(3, 16)
+        self.blocks = nn.Sequential(
+            _InvertedResidual(16, 24, expansion=2, stride=2),
+            _InvertedResidual(24, 24, expansion=3),
+            _InvertedResidual(24, 40, expansion=4, stride=2),
+            _InvertedResidual(40, 40, expansion=4),
+            _InvertedResidual(40, 40, expansion=4),
+            _InvertedResidual(40, 64, expansion=4, stride=2),
+            _InvertedResidual(64, 64, expansion=4),
+            _InvertedResidual(64, 64, expansion=4),
+        )
+        self.head = _conv_bn_relu6(64, 256, size=1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(256, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the logits [N, 10] of images [N, 3, 32, 32]."""
         features = self.pool(self.head(self.blocks(self.stem(images))))
         return cast(torch.Tensor, self.classifier(features.flatten(1)))
 

@@ -158,13 +158,19 @@ def top1(network: nn.Module, digits: Digits) -> float:
     return 100 * float(right.double().mean())
 
 
-def export(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+def export(
+    network: nn.Module,
+    path: Path,
+    metadata: dict[str, str],
+    shape: tuple[int, int, int] = (1, 8, 8),
+) -> None:
     """Write the network with its BatchNormalization nodes, for any batch size.
 
     Args:
         network: in evaluation mode.
         path: the ONNX file to write (opset 17, input "image", output "logits").
         metadata: stored in the file's ``metadata_props``.
+        shape: [C, H, W] of an image.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with warnings.catch_warnings():
@@ -172,7 +178,7 @@ def export(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.onnx.export(
             network,
-            (torch.zeros(1, 1, 8, 8),),
+            (torch.zeros(1, *shape),),
             str(temporary),
             dynamo=False,
             training=torch.onnx.TrainingMode.PRESERVE,
