@@ -19,13 +19,16 @@ file holds already are not run again (--fresh runs all).
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from accuracy import CASES, RESULTS, SHARED, run_cells
+import torch
+from accuracy import CASES, RESULTS, SHARED, model_path
+from cells import run_cells
 
 from graph_tools.batchnorm import fold_batch_norms
 from graph_tools.model import load, save
@@ -34,7 +37,6 @@ from graph_tools.qdq import write_qdq
 from pipeline.evaluate.classification import evaluate_classification
 from pipeline.evaluate.datasets import open_dataset
 from pipeline.generate import generate
-from pipeline.preprocessing import Preprocessing
 from pipeline.quantize import quantize
 from pipeline.run import copy_dataset
 from pipeline.settings import GenerateSettings, QuantizeSettings
@@ -46,9 +48,9 @@ WIDTHS = (8, 4)
 
 def run_cell(name: str, images: str, seed: int, threads: int) -> dict[str, Any]:
     case = NETWORKS[name]
-    given = Preprocessing(mean=tuple(map(float, case.mean)), std=tuple(map(float, case.std)))
+    given = case.preprocessing
     test = open_dataset(SHARED / "data" / case.test)
-    path = SHARED / "models" / f"{name}.onnx"
+    path = model_path(name)
     if images == "float":
         top1 = evaluate_classification([path], test, given, threads=threads)[0].top1
         return {f"w{width}": top1 for width in WIDTHS}
@@ -128,10 +130,21 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS / "prior.json")
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    runs = {
+        f"{name}/{images}/{seed}": functools.partial(
+            run_cell, name, images, seed, args.threads
+        )
+        for name in args.networks
+        for images in args.images
+        for seed in (args.seeds if images != "float" else [0])
+    }
     cells = run_cells(
-        args,
-        lambda name, images, seed: run_cell(name, images, seed, args.threads),
+        args.output,
+        runs,
         lambda cell: f"{cell['w8']:.2f} {cell['w4']:.2f}",
+        fresh=args.fresh,
     )
     print_table(cells, args.networks)
 

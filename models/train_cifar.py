@@ -2,10 +2,9 @@
 
 ::
 
-    python models/train_cifar.py TRAIN.zip TEST.zip          # rewrites models/cifar10_mobilenetv2.onnx
-    python models/train_cifar.py TRAIN.zip TEST.zip -o FILE  # writes it elsewhere
+    python models/train_cifar.py TRAIN.zip TEST.zip [-o FILE.onnx]
 
-The zips hold ``CLASS/NAME.jpg``, 32x32. The test pictures are read once, after the training:
+writes models/cifar10_mobilenetv2.onnx, or the file given. The zips hold ``CLASS/NAME.jpg``, 32x32. The test pictures are read once, after the training:
 nothing is chosen by them. A run that was stopped goes on from its last epoch (``--checkpoint``).
 """
 
