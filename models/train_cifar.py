@@ -4,8 +4,9 @@
 
     python models/train_cifar.py TRAIN.zip TEST.zip [-o FILE.onnx]
 
-writes models/cifar10_mobilenetv2.onnx, or the file given. The zips hold ``CLASS/NAME.jpg``, 32x32. The test pictures are read once, after the training:
-nothing is chosen by them. A run that was stopped goes on from its last epoch (``--checkpoint``).
+writes models/cifar10_mobilenetv2.onnx, or the file given. The zips hold ``CLASS/NAME.jpg``,
+32x32. The test pictures are read once, after the training: nothing is chosen by them. A run
+that was stopped goes on from its last epoch (``--checkpoint``).
 """
 
 from __future__ import annotations
