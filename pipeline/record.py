@@ -231,7 +231,7 @@ class Record:
     def _quantization(
         self, compared: Mapping[str, TensorComparison], seconds: float
     ) -> dict[str, Any]:
-        plan = self.quantization.plan
+        plan, mixed = self.quantization.plan, self.quantization.mixed
         operators = {n.name: n.op_type for n in self.network.proto.graph.node}
         producers = {o: n for n in self.network.proto.graph.node for o in n.output}
         saturated = {  # unsigned in front of a Clip that stays: what it cuts off is no error
@@ -271,7 +271,7 @@ class Record:
             )
         return {
             "scheme": self.job.quantization.scheme,
-            "weight_bits": self.job.quantization.weights,
+            "weight_bits": self.job.quantization.weights if mixed is None else mixed.range,
             "activation_bits": self.job.quantization.activations,
             "seconds": seconds,
             "power_of_two": all(
@@ -301,6 +301,7 @@ class Record:
                 "float": num_bytes(self.job.model),
                 "quantized": num_bytes(self.written),
             },
+            "mixed_precision": None if mixed is None else mixed.to_dict(),
             "notes": [*self.network.notes, *self.quantization.notes],
         }
 

@@ -107,8 +107,9 @@ class Result:
 
 
 def default_output(model: Path, settings: QuantizeSettings) -> Path:
-    """``model.w8a8.onnx`` beside ``model.onnx``."""
-    return model.with_name(f"{model.stem}.w{settings.weights}a{settings.activations}.onnx")
+    """``model.w8a8.onnx`` beside ``model.onnx``; ``model.wmixeda8.onnx`` with a target size."""
+    weights = "mixed" if settings.target_size else settings.weights
+    return model.with_name(f"{model.stem}.w{weights}a{settings.activations}.onnx")
 
 
 def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) -> Result:

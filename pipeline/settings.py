@@ -16,7 +16,13 @@ import tyro
 from graph_tools.errors import SettingsError
 from graph_tools.fixed_inputs import read_input
 
-__all__ = ["GenerateSettings", "InputSettings", "QuantizeSettings", "VerifySettings"]
+__all__ = [
+    "GenerateSettings",
+    "InputSettings",
+    "QuantizeSettings",
+    "TargetSize",
+    "VerifySettings",
+]
 
 
 def _require(condition: bool, field: str, value: object, rule: str) -> None:
@@ -107,6 +113,11 @@ class QuantizeSettings:
     repeated, later ones win. A shell pattern on node names (W: the weight, A: what the node makes)
     or tensor names (A), or one of @first @last @depthwise (W, A) @input @output @add @into-last
     (A)."""
+    target_size: str = ""
+    """Size of all weights, as a share of their size at 8 bits (0.6x) or in bytes (500kB): each
+    layer gets 8, 4, 3 or 2 bits by how much its rounding disturbs the outputs, in place of
+    --weights; layers that --bits names keep theirs. Packed integers count; biases and scales do
+    not."""
     threshold: Literal["mse", "mae", "kl", "no-clipping"] = "mse"
     """Error that the power-of-two threshold search minimizes."""
     weight_scale: Literal["pot", "free"] = "pot"
@@ -157,6 +168,7 @@ class QuantizeSettings:
         _require(iterations >= 0, "rounding_iterations", iterations, "0 or more")
         _require(0 <= self.qdrop <= 1, "qdrop", self.qdrop, "in 0..1")
         self.widths()
+        self.target()
         z = self.outlier_z
         _require(z == 0 or 1 <= z < math.inf, "outlier_z", z, "0, or 1 or more")
         if self.second_moment_correction:
@@ -177,6 +189,14 @@ class QuantizeSettings:
                 hint="leave --bias-correction at empirical",
             )
 
+    def target(self) -> TargetSize | None:
+        """``target_size`` as numbers, None if it was not given.
+
+        Raises:
+            SettingsError: not like 0.6x, 500kB, 1.5MB or 300000.
+        """
+        return TargetSize.parse(self.target_size) if self.target_size else None
+
     def widths(self) -> tuple[tuple[str, int | None, int | None], ...]:
         """Entries of ``bits``: pattern, bits of weights, bits of activations (None: as they are).
 
@@ -184,6 +204,38 @@ class QuantizeSettings:
             SettingsError: not PATTERN=W4A8, or a width that does not exist.
         """
         return tuple(_width_entry(entry) for entry in self.bits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetSize:
+    """A size of packed weights: a ``share`` of that at 8 bits, or else ``num_bytes``."""
+
+    text: str
+    share: float | None = None
+    num_bytes: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> TargetSize:
+        """Read ``0.6x``, ``500kB``, ``1.5MB`` or ``300000`` (bytes)."""
+        found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(x|b|kb|mb|gb|)", text.strip().lower())
+        good = found is not None and float(found[1]) > 0
+        _require(good, "target_size", text, "a size such as 0.6x, 500kB or 1.5MB")
+        assert found is not None
+        number, unit = float(found[1]), found[2]
+        if unit == "x":
+            return cls(text=text, share=number)
+        factor = {"kb": 1e3, "mb": 1e6, "gb": 1e9}.get(unit, 1)
+        return cls(text=text, num_bytes=round(number * factor))
+
+    def bytes_of(self, size_w8: int) -> int:
+        """The size in bytes, rounded down, where weights of 8 bits take ``size_w8``."""
+        if self.num_bytes is not None:
+            return self.num_bytes
+        assert self.share is not None
+        return math.floor(self.share * size_w8 + 1e-6)
+
+    def __str__(self) -> str:
+        return self.text
 
 
 _WIDTHS = {"W": (2, 3, 4, 8), "A": (4, 8, 16)}

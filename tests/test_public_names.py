@@ -44,6 +44,7 @@ SURFACE = {  # what users import; a change here is a change of the public interf
         "GenerateSettings",
         "InputSettings",
         "QuantizeSettings",
+        "TargetSize",
         "VerifySettings",
     },
 }

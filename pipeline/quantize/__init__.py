@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from graph_tools.torch_graph import TorchGraph
 from pipeline.images import ImageSet
 from pipeline.quantize.bias_correction import correct_biases, correct_biases_analytically
 from pipeline.quantize.lockstep import Lockstep
+from pipeline.quantize.mixed_precision import NUM_IMAGES, MixedPrecision, choose_mixed
 from pipeline.quantize.observe import Histogram, observe
-from pipeline.quantize.placement import Placement, place
+from pipeline.quantize.placement import Placement, Weighted, place
 from pipeline.quantize.reconstruction import Reconstruction, reconstruct
 from pipeline.quantize.second_moment import SecondMomentCorrection
 from pipeline.quantize.shift_negative import shift_negatives
@@ -56,12 +58,14 @@ class Quantization:
         plan: quantizers and integers.
         clipped_percent: share of each quantized tensor's float values outside its quantizer.
         notes: in words, for the user.
+        mixed: how ``--target-size`` chose the bits of the weights; None without it.
     """
 
     model: Model
     plan: Plan
     clipped_percent: Mapping[str, float]
     notes: tuple[str, ...]
+    mixed: MixedPrecision | None = None
 
 
 def quantize(
@@ -113,7 +117,6 @@ def quantize(
             hint="there is nothing to quantize",
         )
     widths = choose_widths(placement, graph.steps, ending, settings)
-    notes.extend(_other_widths(widths, settings))
     histograms = observe(graph, placement.roots, batches)
     tensors = _activation_quantizers(placement, histograms, widths, settings, model.input.name)
     absorbed = _absorb_activations(placement, tensors)
@@ -121,6 +124,12 @@ def quantize(
         tensors[tensor] = tensors[root]
     values = initializers(model.proto)
     results = {step.name: step.outputs[0] for step in graph.steps}
+    mixed = _mixed(model, graph, placement, tensors, batches, widths, settings, on_step)
+    if mixed is None:
+        notes.extend(_other_widths(widths, settings))
+    else:
+        notes += [mixed.note, *_other_widths(replace(widths, weights={}), settings)]
+        widths = replace(widths, weights={**widths.weights, **mixed.widths})
     constants = _constants(placement, tensors, values, widths, settings, results)
 
     def side_by_side() -> Lockstep:
@@ -182,7 +191,36 @@ def quantize(
         for name, histogram in histograms.items()
     }
     logger.info("%d tensors, %d constants quantized", len(tensors), len(constants))
-    return Quantization(model=model, plan=plan, clipped_percent=clipped, notes=tuple(notes))
+    return Quantization(
+        model=model, plan=plan, clipped_percent=clipped, notes=tuple(notes), mixed=mixed
+    )
+
+
+def _mixed(
+    model: Model,
+    graph: TorchGraph,
+    placement: Placement,
+    tensors: Mapping[str, TensorQuantizer],
+    batches: Callable[[], Iterator[torch.Tensor]],
+    widths: Widths,
+    settings: QuantizeSettings,
+    on_step: OnStep | None,
+) -> MixedPrecision | None:
+    """The bits of the weights by size budget, None if there is none."""
+    target = settings.target()
+    if target is None:
+        return None
+    values, whole = initializers(model.proto), model.fixed_batch is not None
+    few = islice(batches(), -(-NUM_IMAGES // _batch_size(model)))
+    return choose_mixed(
+        Lockstep(graph, {}, {}, few, whole_batches=whole),
+        placement.weighted,
+        lambda site, bits: _weight(site, tensors, values, bits, settings),
+        target,
+        {node: widths.weights[node] for node in widths.named},
+        correct_biases=settings.bias_correction != "none",
+        on_step=None if on_step is None else (lambda done, total: on_step(done, total, {})),
+    )
 
 
 def _other_widths(widths: Widths, settings: QuantizeSettings) -> Iterator[str]:
@@ -324,16 +362,8 @@ def _constants(
     """Integers of all constants; ``results``: the tensor that each node makes."""
     constants = {}
     for site in placement.weighted.values():
-        constants[site.weight] = quantize_weight(
-            site,
-            values[site.weight],
-            values[site.bias] if site.bias else None,
-            input_exponent(site, tensors),
-            bits=widths.weights[site.node],
-            metric=settings.threshold,
-            bias_bits=bias_bits(site, tensors),
-            free=settings.weight_scale == "free",
-        )
+        bits = widths.weights[site.node]
+        constants[site.weight] = _weight(site, tensors, values, bits, settings)
     constants.update(_biases(placement, tensors, constants, values))
     for name, node in placement.operands.items():
         made = results[node]  # an operand has the width of the result, Relu or Clip included
@@ -341,6 +371,25 @@ def _constants(
         bits = widths.activations.get(placement.shares.get(made, made), settings.activations)
         constants[name] = quantize_operand(node, values[name], bits=bits)
     return constants
+
+
+def _weight(
+    site: Weighted,
+    tensors: Mapping[str, TensorQuantizer],
+    values: Mapping[str, Array],
+    bits: int,
+    settings: QuantizeSettings,
+) -> QuantizedConstant:
+    return quantize_weight(
+        site,
+        values[site.weight],
+        values[site.bias] if site.bias else None,
+        input_exponent(site, tensors),
+        bits=bits,
+        metric=settings.threshold,
+        bias_bits=bias_bits(site, tensors),
+        free=settings.weight_scale == "free",
+    )
 
 
 def _biases(

@@ -26,7 +26,7 @@ from pipeline.quantize.lockstep import Batches, Lockstep
 from pipeline.quantize.placement import Weighted
 from pipeline.quantize.weights import input_exponent, quantize_bias
 
-__all__ = ["correct_biases", "correct_biases_analytically"]
+__all__ = ["correct_biases", "correct_biases_analytically", "mean_error"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -65,7 +65,7 @@ def correct_biases(
             exact, rounded = lockstep.exact[site.output], lockstep.rounded[site.output]
             bias = quantize_bias(
                 site,
-                biases[site.bias] + _mean_error(exact, rounded, site.channel_axis),
+                biases[site.bias] + mean_error(exact, rounded, site.channel_axis),
                 input_exponent(site, lockstep.tensors),
                 lockstep.constants[site.weight],
             )
@@ -82,7 +82,7 @@ def correct_biases(
     return corrected
 
 
-def _mean_error(exact: Batches, rounded: Batches, axis: int) -> Array:
+def mean_error(exact: Batches, rounded: Batches, axis: int) -> Array:
     """Per-channel mean of ``exact - rounded`` over all images and positions, float64."""
     total: Array = np.zeros(exact[0].shape[axis])
     count = 0

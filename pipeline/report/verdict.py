@@ -58,6 +58,8 @@ def judge(report: Mapping[str, Any]) -> Verdict:
     proved, tone, proof_facts, proof_clauses = _proof(report.get("proof"))
     clauses, facts = [*proof_clauses], [*proof_facts]
     clauses += _basis(report)
+    mixed = quantization.get("mixed_precision")
+    clauses += [mixed["note"]] if mixed else []
     for clause, fact in (
         _sqnr(quantization.get("outputs") or []),
         _accuracy(report.get("evaluation") or []),
