@@ -216,6 +216,7 @@ def quantized_cell(key: Key, settings: dict[str, Any], args: argparse.Namespace)
             shutil.copyfile(result.folder / "images.npz", temporary)
             temporary.replace(kept)
         accuracy = evaluate_classification([job.output], test, case.preprocessing)[0]
+    mixed = result.report["quantization"].get("mixed_precision")
     return {
         "top1": accuracy.top1,
         "quantize": result.report["times"]["quantize"],
@@ -224,6 +225,7 @@ def quantized_cell(key: Key, settings: dict[str, Any], args: argparse.Namespace)
         "passed": result.proof.passed,
         "sqnr_db": [output["sqnr_db"] for output in result.report["quantization"]["outputs"]],
         "settings": settings | generation,
+        **({} if mixed is None else {"mixed_precision": mixed}),
     }
 
 

@@ -2,9 +2,8 @@
 
 The widths 8, 4, 3 and 2 are chosen so that the sum of the weights' sensitivities, each measured
 alone (`pipeline.quantize.sensitivity`), is least within the budget (`pipeline.quantize.knapsack`):
-the scheme of ZeroQ (arXiv 2001.00281, section 3.3), which takes errors of different layers as
-independent. Sizes are those of the packed weights, bits times elements; biases and scales, which
-no width changes, are not counted.
+the scheme of ZeroQ (arXiv 2001.00281, section 3.3) with another measure. Sizes are those of the
+packed weights, bits times elements; biases and scales, which no width changes, are not counted.
 """
 
 from __future__ import annotations
