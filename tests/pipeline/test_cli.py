@@ -357,3 +357,23 @@ def test_help_is_no_error(capsys):
     assert main(["--help"]) == 0
     assert main(["quantize", "--help"]) == 0
     assert "--num-images" in capsys.readouterr().out
+
+
+def test_a_target_size_is_met_and_reported(digits, capsys):
+    code, out, err = run(capsys, "quantize", digits, "--target-size", "0.4x", *FAST)
+    assert code == 0, err
+    report = json.loads((digits.parent / "digits.wmixeda8" / "report.json").read_text())
+    mixed = report["quantization"]["mixed_precision"]
+    assert mixed["size"] <= mixed["budget"] == int(0.4 * mixed["size_w8"])
+    assert f"packed weights: {mixed['size']:,} bytes of {mixed['budget']:,} allowed" in out
+    bits = {t["name"]: t["bits"] for t in report["quantization"]["tensors"]}
+    for weight, layer in mixed["layers"].items():
+        assert bits[weight] == layer["bits"]
+        assert list(layer["errors"]) == ["8", "4", "3", "2"]
+
+
+def test_an_impossible_target_size_says_the_least_possible(digits, tmp_path, capsys):
+    line = refuse(capsys, tmp_path, "quantize", digits, "--target-size", "3kB", *FAST)
+    assert (
+        "--target-size: 3kB is 3,000 bytes of packed weights, and the least possible" in line
+    )
