@@ -52,6 +52,6 @@ def run_cells(
             except ZsqError as error:  # the other cells may do
                 print(f"{key}: {error}", flush=True)
                 continue
-            store_cell(path, key, cell)
             print(f"{key}: {describe(cell)}", flush=True)
+            store_cell(path, key, cell)
     return read_cells(path)
