@@ -14,6 +14,7 @@ again (--fresh runs all).
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
 import statistics
 import tempfile
@@ -22,7 +23,8 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from accuracy import CASES, RESULTS, SHARED, run_cells
+from accuracy import CASES, RESULTS, SHARED, model_path
+from cells import run_cells
 
 from graph_tools.errors import TargetError
 from graph_tools.model import load, save
@@ -32,7 +34,6 @@ from graph_tools.quantizer import Plan
 from pipeline.evaluate.classification import evaluate_classification
 from pipeline.evaluate.datasets import open_dataset
 from pipeline.images import open_images
-from pipeline.preprocessing import Preprocessing
 from pipeline.run import QuantizeJob, quantize_file
 from pipeline.settings import (
     GenerateSettings,
@@ -78,9 +79,8 @@ def in_int4(model: Path, folder: Path, path: Path, images: Path) -> dict[str, An
 
 def run_cell(name: str, scheme: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     case = CASES[name]
-    model = SHARED / "models" / f"{name}.onnx"
+    model, given = model_path(name), case.preprocessing
     test = open_dataset(SHARED / "data" / case.test)
-    given = Preprocessing(mean=tuple(map(float, case.mean)), std=tuple(map(float, case.std)))
     args.keep_images.mkdir(parents=True, exist_ok=True)
     kept = args.keep_images / f"{name}.{args.source}.{seed}.npz"
     with tempfile.TemporaryDirectory() as folder:
@@ -155,11 +155,17 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS / "schemes.json")
     args = parser.parse_args()
-    args.images = args.schemes
+    runs = {
+        f"{name}/{scheme}/{seed}": functools.partial(run_cell, name, scheme, seed, args)
+        for name in args.networks
+        for scheme in args.schemes
+        for seed in args.seeds
+    }
     cells = run_cells(
-        args,
-        lambda name, scheme, seed: run_cell(name, scheme, seed, args),
+        args.output,
+        runs,
         lambda cell: f"{cell['top1']:.2f} {cell.get('int4', '')}",
+        fresh=args.fresh,
     )
     print_table(cells)
 
