@@ -132,7 +132,7 @@ class QuantizeSettings:
     by layer; brecq: learned block by block. Both learn on the calibration images, which takes
     time; they are for weights of few bits."""
     rounding_iterations: int = 0
-    """With adaround and brecq: steps for each layer or block; 0 chooses 400."""
+    """With adaround and brecq: steps for each layer or block; 0 chooses 100."""
     reconstruction: Literal["mse", "fisher"] = "mse"
     """With adaround and brecq: minimize the mean squared error of the outputs of each layer or
     block, or weigh it by how much the network's outputs depend on it (Fisher information)."""
@@ -140,8 +140,8 @@ class QuantizeSettings:
     """With adaround and brecq: share of a layer's or block's inner activations that stay
     unquantized while its weights are learned, 0..1."""
     learn_exponents: bool | None = None
-    """With adaround and brecq: learn the scale exponents of the activations of each layer or
-    block, too; by default with brecq only."""
+    """Learn the scale exponents of the activations: those one up or down with which the outputs of
+    the network are nearer to the float network's are taken. By default with brecq only."""
     zero_point: Literal["auto", "zero"] = "auto"
     """auto: signed tensors that several operators read are stored as uint8 around 128, the form
     for which onnxruntime has integer kernels; zero: int8, zero point 0, everywhere."""
@@ -157,7 +157,8 @@ class QuantizeSettings:
     bias_correction: Literal["none", "empirical", "analytic"] = "empirical"
     """How biases are corrected for the rounding of the weights. empirical: by each channel's mean
     error on the quantized prefix, layer by layer; analytic: by the rounding errors of the weights
-    times the float network's mean input."""
+    times the float network's mean input. With adaround and brecq biases are learned beside the
+    roundings instead, unless none is given."""
     second_moment_correction: bool = False
     """Rescale each output channel's weights, before they are rounded, so that its standard
     deviation on the quantized prefix is that of the float network; its mean is what
@@ -187,6 +188,12 @@ class QuantizeSettings:
                 "the means are brought back by the biases, which are corrected otherwise",
                 where=where,
                 hint="leave --bias-correction at empirical",
+            )
+        if self.weight_scale == "free":
+            raise SettingsError(
+                "weights are rescaled in powers of two",
+                where=where,
+                hint="leave out one of it and --weight-scale free",
             )
 
     def target(self) -> TargetSize | None:

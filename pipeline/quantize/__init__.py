@@ -20,11 +20,12 @@ from graph_tools.quantizer import FloatNode, Plan, QuantizedConstant, TensorQuan
 from graph_tools.torch_graph import TorchGraph
 from pipeline.images import ImageSet
 from pipeline.quantize.bias_correction import correct_biases, correct_biases_analytically
+from pipeline.quantize.exponents import learn_exponents
 from pipeline.quantize.lockstep import Lockstep
 from pipeline.quantize.mixed_precision import NUM_IMAGES, MixedPrecision, choose_mixed
 from pipeline.quantize.observe import Histogram, observe
 from pipeline.quantize.placement import Placement, Weighted, place
-from pipeline.quantize.reconstruction import Reconstruction, reconstruct
+from pipeline.quantize.reconstruction import Learned, Reconstruction, reconstruct
 from pipeline.quantize.second_moment import SecondMomentCorrection
 from pipeline.quantize.shift_negative import shift_negatives
 from pipeline.quantize.thresholds import activation_exponent, ceil_log2, without_outliers
@@ -46,6 +47,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 OnStep = Callable[[int, int, Mapping[str, float]], None]
 
+DEFAULT_ITERATIONS = 100  # of learned rounding
 _BATCH_BYTES = 16 * 2**20  # of one batch of images
 
 
@@ -132,20 +134,34 @@ def quantize(
         widths = replace(widths, weights={**widths.weights, **mixed.widths})
     constants = _constants(placement, tensors, values, widths, settings, results)
 
-    def side_by_side() -> Lockstep:
+    def side_by_side(*, spill: bool = False) -> Lockstep:
         whole = model.fixed_batch is not None
-        return Lockstep(graph, tensors, constants, batches(), whole_batches=whole)
+        return Lockstep(graph, tensors, constants, batches(), whole_batches=whole, spill=spill)
 
-    if settings.rounding != "nearest":
-        lockstep = side_by_side()
-        constants.update(_learn(lockstep, placement, settings, seed, on_step))
+    learned_rounding = settings.rounding != "nearest"
+    if learned_rounding:
+        lockstep = side_by_side(spill=True)
+        learned = _learn(lockstep, placement, settings, seed, on_step)
+        values.update(learned.biases)
+        constants.update(learned.weights)
+        constants.update(_biases(placement, tensors, constants, values))
+        what = "roundings and biases" if learned.biases else "roundings"
+        notes.append(f"{what} learned on {lockstep.num_images} images ({settings.rounding})")
+    if settings.learn_exponents or (
+        settings.learn_exponents is None and settings.rounding == "brecq"
+    ):
+        changes = learn_exponents(
+            side_by_side(),
+            {**placement.shares, **dict(placement.activations.values())},
+            fixed=placement.unit_range,
+            on_step=None if on_step is None else (lambda i, n: on_step(i, n, {})),
+        )
         absorbed = _absorb_activations(placement, tensors)
         constants.update(_biases(placement, tensors, constants, values))
-        notes.append(
-            f"roundings learned on {lockstep.num_images} images ({settings.rounding})"
-        )
-        on_step = None  # what is left is quick
-    if settings.bias_correction == "analytic":
+        notes.append(f"exponents learned, changed: {changes}")
+    if learned_rounding:
+        pass  # biases are learned, if at all
+    elif settings.bias_correction == "analytic":
         constants.update(
             correct_biases_analytically(
                 graph, batches(), placement.weighted, values, tensors, constants
@@ -308,14 +324,12 @@ def _learn(
     settings: QuantizeSettings,
     seed: int,
     on_step: OnStep | None,
-) -> dict[str, QuantizedConstant]:
-    """Weights with learned roundings; learned exponents replace those of the lockstep."""
-    layerwise = settings.rounding == "adaround"
-    find = find_layers if layerwise else find_blocks
-    learn_exponents = settings.learn_exponents
+) -> Learned:
+    """Weights with learned roundings, and the biases learned with them."""
+    find = find_layers if settings.rounding == "adaround" else find_blocks
     how = Reconstruction(
-        iterations=settings.rounding_iterations or 400,
-        exponents=not layerwise if learn_exponents is None else learn_exponents,
+        iterations=settings.rounding_iterations or DEFAULT_ITERATIONS,
+        biases=settings.bias_correction != "none",
         drop=settings.qdrop,
         fisher=settings.reconstruction == "fisher",
     )
@@ -327,7 +341,6 @@ def _learn(
             apart={node.node for node in placement.float_nodes},
         ),
         placement.weighted,
-        {**placement.shares, **dict(placement.activations.values())},
         how,
         torch.Generator().manual_seed(seed),
         on_step=on_step,

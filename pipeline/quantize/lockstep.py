@@ -2,7 +2,8 @@
 
 Node by node both compute the same tensors, `Lockstep.exact` and `Lockstep.rounded`; what is
 decided about one layer therefore sees the layers before it as they will be: quantized. Tensors are
-freed after their last reader, and only as many images are taken as fit a memory budget.
+freed after their last reader. What does not fit a memory budget goes to files, where that is asked
+for; else only as many images are taken as fit.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from graph_tools.quantizer import QuantizedConstant, TensorQuantizer
 from graph_tools.torch_graph import Step, TorchGraph
 from pipeline.quantize.simulate import fake_quantize
+from pipeline.quantize.spill import free_bytes, on_disk
 
 __all__ = ["Batches", "Lockstep"]
 
@@ -24,7 +26,9 @@ logger = logging.getLogger(__name__)
 Batches = list[torch.Tensor]
 
 MEMORY_BUDGET = 2 * 2**30
-"""Bytes of live activations, float and quantized; fewer images are used when they need more."""
+"""Bytes of live activations, float and quantized, that are kept in memory."""
+_DISK_SHARE = 0.5  # of the room for temporary files
+_SMALL = 2**18  # bytes; tensors of a batch below this stay in memory
 
 
 class Lockstep:
@@ -34,8 +38,9 @@ class Lockstep:
         graph: the float network.
         tensors: quantizers of the activation tensors.
         constants: integers of weights, biases and operands, by initializer name.
-        batches: the images, [n, ...] each; only as many are read as fit the memory budget.
+        batches: the images, [n, ...] each; only as many are read as fit the budget.
         whole_batches: the graph takes only batches of one size, none of them may be cut.
+        spill: keep activations in files when they do not fit into memory.
 
     Attributes:
         exact: tensors of the float network that are still needed, one a batch.
@@ -56,13 +61,16 @@ class Lockstep:
         batches: Iterable[torch.Tensor],
         *,
         whole_batches: bool = False,
+        spill: bool = False,
     ) -> None:
         self.graph, self.tensors = graph, tensors
         self.whole_batches = whole_batches
         self.constants = dict(constants)
         self.pending = list(graph.steps)
         self._waiting = Counter(name for step in graph.steps for name in set(step.inputs))
-        images = _images_within_budget(graph, batches, whole_batches)
+        budget = max(MEMORY_BUDGET, _DISK_SHARE * free_bytes()) if spill else MEMORY_BUDGET
+        images, needed = _images_within(budget, graph, batches, whole_batches)
+        self._spill = needed > MEMORY_BUDGET and spill
         self.sizes = tuple(len(batch) for batch in images)
         self.num_images = sum(self.sizes)
         name = graph.input_names[0]
@@ -104,7 +112,8 @@ class Lockstep:
         for tensor in tensors:
             if (quantizer := self.tensors.get(tensor)) is not None:
                 self.rounded[tensor] = [
-                    fake_quantize(value, quantizer) for value in self.rounded[tensor]
+                    self._kept(fake_quantize(value, quantizer))
+                    for value in self.rounded[tensor]
                 ]
 
     def forget(self, step: Step) -> None:
@@ -123,7 +132,11 @@ class Lockstep:
                 given = {name: values[name][batch] for name in step.inputs if name in values}
                 outputs = self.graph.run_step(step, {**given, **constants})
                 for tensor, value in zip(step.outputs, outputs, strict=False):
-                    values.setdefault(tensor, []).append(value)
+                    values.setdefault(tensor, []).append(self._kept(value))
+
+    def _kept(self, value: torch.Tensor) -> torch.Tensor:
+        """``value``, in a file if memory is short."""
+        return on_disk(value) if self._spill and value.nbytes >= _SMALL else value
 
 
 def _last_readers(graph: TorchGraph) -> dict[str, int]:
@@ -131,25 +144,31 @@ def _last_readers(graph: TorchGraph) -> dict[str, int]:
     return {tensor: i for i, s in enumerate(graph.steps) for tensor in s.inputs}
 
 
-def _images_within_budget(
-    graph: TorchGraph, batches: Iterable[torch.Tensor], whole_batches: bool
-) -> Batches:
-    """As many batches as keep the live activations within the memory budget."""
+def _images_within(
+    budget: float, graph: TorchGraph, batches: Iterable[torch.Tensor], whole_batches: bool
+) -> tuple[Batches, float]:
+    """As many batches as keep the live activations within the budget, and what they need."""
     taken: Batches = []
-    limit, used = 0, 0
+    limit, used, per_image = 0, 0, 0.0
     for batch in batches:
         if not taken:
             per_image = 2 * _live_bytes(graph, batch) / len(batch)
-            limit = max(1, int(MEMORY_BUDGET / per_image))
+            limit = max(1, int(budget / per_image))
         if used + len(batch) > limit and not whole_batches:
             batch = batch[: limit - used]
         if len(batch):
-            taken.append(batch.clone())
+            taken.append(_copied(batch))
             used += len(batch)
         if used >= limit:
-            logger.info("%d images are used (memory budget)", used)
+            logger.info("%d images are used (budget of memory or disk)", used)
             break
-    return taken
+    return taken, used * per_image
+
+
+def _copied(batch: torch.Tensor) -> torch.Tensor:
+    """A copy in the memory format in which convolutions run best."""
+    images = batch.dim() == 4
+    return batch.clone(memory_format=torch.channels_last if images else torch.preserve_format)
 
 
 def _live_bytes(graph: TorchGraph, batch: torch.Tensor) -> int:

@@ -4,84 +4,97 @@ Each block in turn sees the tensors that the quantized network gives it and lear
 which it gives back what the float network's block gives (AdaRound, arXiv 2004.10568, equation 25;
 BRECQ, arXiv 2102.05426, section 3). Activation functions and joins are part of it, so errors that
 a Relu cuts off cost nothing; what precedes a block is decided, what follows it is not touched.
-The exponents of its activation quantizers are learned after its weights.
+
+Biases are learned with the roundings. Corrected afterwards, channel by channel to the float
+network's mean, they would undo what the roundings have made of values that saturate.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 
 from graph_tools.blocks import Block
 from graph_tools.quantizer import QuantizedConstant, TensorQuantizer
-from graph_tools.torch_graph import TorchGraph
 from pipeline.quantize.fisher import output_sensitivity
 from pipeline.quantize.lockstep import Lockstep
 from pipeline.quantize.placement import Weighted
 from pipeline.quantize.samples import Sample, Samples
-from pipeline.quantize.soft_quantizer import SoftQuantizer
+from pipeline.quantize.soft_bias import SoftBias
+from pipeline.quantize.soft_quantizer import soft_quantize
 from pipeline.quantize.soft_rounding import SoftRounding
+from pipeline.quantize.weights import input_exponent, quantize_bias
 
-__all__ = ["Reconstruction", "reconstruct", "tensors_by_image"]
+__all__ = ["Learned", "Reconstruction", "reconstruct", "tensors_by_image"]
 
 Tensors = Mapping[str, torch.Tensor]
-
+Quantizers = Mapping[str, TensorQuantizer]
 
 _BATCH = 32  # images in a step
 _WARM_UP = 0.2  # share of the steps before the regularizer sets in
-_LEARNING_RATE = (
-    3e-2  # Adam's, of the rounding logits; few steps need more than the usual 1e-3
-)
-_EXPONENT_RATE = 2e-2  # Adam's, of the activation exponents
+_SETTLING = 0.5  # steps for the biases alone, as a share of those for all
+_CHECK = 0.1  # share of the steps after which unchanged roundings are final
+_LEARNING_RATE = 3e-2  # of Adam, for the logits; few steps need more than the usual 1e-3
+_BIAS_RATE = 1e-2  # of Adam, in standard deviations of a channel
 _REGULARIZATION = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """How roundings and exponents are learned.
+    """How roundings are learned.
 
     Attributes:
-        iterations: steps for the weights of a block; a quarter as many for its exponents.
-        exponents: whether the exponents of its activations are learned.
-        drop: share of the activations that stay unquantized while weights are learned.
+        iterations: steps for a block.
+        biases: whether biases are learned, too.
+        drop: share of the inner activations that stay unquantized meanwhile.
         fisher: weigh errors by the sensitivity of the outputs to them.
     """
 
-    iterations: int = 400
-    exponents: bool = True
+    iterations: int
+    biases: bool = True
     drop: float = 0.5
     fisher: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What was learned, by initializer name.
+
+    Attributes:
+        weights: their integers.
+        biases: float, [channels].
+    """
+
+    weights: dict[str, QuantizedConstant] = field(default_factory=dict)
+    biases: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = field(default_factory=dict)
 
 
 def reconstruct(
     lockstep: Lockstep,
     blocks: Sequence[Block],
     weighted: Mapping[str, Weighted],
-    linked: Mapping[str, str],
     how: Reconstruction,
     generator: torch.Generator,
     *,
     on_step: Callable[[int, int, Mapping[str, float]], None] | None = None,
-) -> dict[str, QuantizedConstant]:
-    """Learn the integers of every weight, and the exponents of the activations.
+) -> Learned:
+    """Learn the integers of every weight, and the biases.
 
     Args:
         lockstep: both networks, at their beginning, weights rounded to nearest. What is learned
-            replaces its weights and the exponents of its quantizers.
+            replaces its constants.
         blocks: the graph, cut into blocks that can run one after the other.
         weighted: operators with constant weights, by node name.
-        linked: tensors that must have the quantizer of another, with that one.
         how: settings.
         generator: draws images and dropped elements.
         on_step: called as (blocks done, blocks, terms).
-
-    Returns:
-        The learned weights by initializer name.
     """
-    learned: dict[str, QuantizedConstant] = {}
+    learned = Learned()
     by_image = tensors_by_image(lockstep)
     for index, block in enumerate(blocks):
         lockstep.run_exact_block(block.steps, block.outputs)
@@ -102,10 +115,10 @@ def reconstruct(
                 mixed=by_image.issuperset({*inputs, *targets}),
             )
             task = _Task(lockstep, block, tuple(targets), samples, how, generator)
-            found, terms = task.learn_weights([weighted[n] for n in block.layers])
-            learned.update(found)
-            if how.exponents:
-                task.learn_exponents(linked)
+            found, error = task.learn([weighted[name] for name in block.layers])
+            learned.weights.update(found.weights)
+            learned.biases.update(found.biases)
+            terms = {"error": error}
         for step in block.steps:
             lockstep.run_rounded(step)
             lockstep.quantize(step.outputs)
@@ -127,42 +140,106 @@ class _Task:
         how: Reconstruction,
         generator: torch.Generator,
     ) -> None:
-        self.graph: TorchGraph = lockstep.graph
-        self.quantizers: MutableMapping[str, TensorQuantizer] = lockstep.tensors
-        self.constants = lockstep.constants
-        self.fixed = lockstep.values(name for step in block.steps for name in step.inputs)
+        self.graph, self.constants = lockstep.graph, lockstep.constants
         self.block, self.targets, self.samples = block, targets, samples
         self.how, self.generator = how, generator
-        self.made = [n for s in block.steps for n in s.outputs if n in self.quantizers]
+        self.quantizers = lockstep.tensors
+        self.inner = {
+            name: self.quantizers[name]
+            for step in block.steps
+            for name in step.outputs
+            if name in self.quantizers and name not in targets
+        }
 
-    def learn_weights(
-        self, sites: Sequence[Weighted]
-    ) -> tuple[dict[str, QuantizedConstant], dict[str, float]]:
-        """Learn the roundings; those that beat the nearest are in force when this returns."""
-        how = self.how
+    def learn(self, sites: Sequence[Weighted]) -> tuple[Learned, float]:
+        """Learn roundings and biases; those that beat the nearest are then the lockstep's.
+
+        Returns:
+            What was learned, nothing if it does not help, and the error that is left as a share
+            of that with weights rounded to nearest.
+        """
         soft = {
             site.weight: SoftRounding(
                 self.graph.constants[site.weight], self.constants[site.weight]
             )
             for site in sites
         }
-        inner = {
-            n: SoftQuantizer(self.quantizers[n]) for n in self.made if n not in self.targets
-        }
-        total = sum(item.logits.numel() for item in soft.values())
-        nearest = self._mean_error(inner)
-        if not 0 < nearest < math.inf:
-            return {}, {}  # nothing to gain, or nothing to compare with
-        optimizer = torch.optim.Adam(
-            [item.logits for item in soft.values()], lr=_LEARNING_RATE
+        biases = self._soft_biases(sites) if self.how.biases else {}
+        nearest = self._mean_error()
+        if not 0 < nearest < math.inf:  # nothing to gain, or nothing to compare with
+            return Learned(), 1.0
+        iterations, drop = self.how.iterations, self.how.drop
+        if not self._descend(soft, biases, nearest, iterations, drop):
+            return Learned(), 1.0
+        before = dict(self.constants)
+        weights = {name: item.hard() for name, item in soft.items()}
+        self.constants.update(weights)
+        if biases:  # weights that were undecided have moved: once more with all as it will be
+            self._descend({}, biases, nearest, round(_SETTLING * iterations), 0.0)
+        found = Learned(
+            weights=weights,
+            biases={name: item.value().detach().numpy() for name, item in biases.items()},
         )
-        for iteration in range(how.iterations):
-            weights = {name: item.weight() for name, item in soft.items()}
-            loss = self._error(self._draw(), weights, inner, how.drop) / nearest
+        self.constants.update(
+            (
+                site.bias,
+                quantize_bias(
+                    site,
+                    found.biases[site.bias],
+                    input_exponent(site, self.quantizers),
+                    found.weights[site.weight],
+                ),
+            )
+            for site in sites
+            if site.bias in found.biases
+        )
+        error = self._mean_error() / nearest
+        if not error < 1:  # too few steps or images for this block
+            self.constants.update(before)
+            return Learned(), 1.0
+        return found, error
+
+    def _soft_biases(self, sites: Sequence[Weighted]) -> dict[str, SoftBias]:
+        with torch.no_grad():
+            sample = self.samples.first(_BATCH)[0]
+            values = self._run(sample["inputs"], self._constants(), 0.0)
+        return {
+            site.bias: SoftBias(
+                self.graph.constants[site.bias], values[site.output], site.channel_axis
+            )
+            for site in sites
+            if site.bias
+        }
+
+    def _descend(
+        self,
+        soft: Mapping[str, SoftRounding],
+        biases: Mapping[str, SoftBias],
+        unit: float,
+        iterations: int,
+        drop: float,
+    ) -> bool:
+        """Minimize the block's error in units of ``unit``; False where weights do not matter."""
+        logits = [item.logits for item in soft.values()]
+        shifts = [item.shift for item in biases.values()]
+        optimizer = torch.optim.Adam(
+            [
+                {"params": logits, "lr": _LEARNING_RATE},
+                {"params": shifts, "lr": _BIAS_RATE},
+            ]
+        )
+        total = sum(item.numel() for item in logits)
+        fixed = self._constants()
+        decided: list[torch.Tensor] = []
+        for iteration in range(iterations):
+            constants = fixed | {name: item.weight() for name, item in soft.items()}
+            constants |= {name: item.value() for name, item in biases.items()}
+            samples = self.samples.draw(_BATCH, self.generator)
+            loss = self._error(samples, constants, drop) / unit
             if not loss.requires_grad:  # the outputs do not depend on the weights by value
-                return {}, {}
-            if iteration >= _WARM_UP * how.iterations:
-                done = (iteration / how.iterations - _WARM_UP) / (1 - _WARM_UP)
+                return False
+            if soft and iteration >= _WARM_UP * iterations:
+                done = (iteration / iterations - _WARM_UP) / (1 - _WARM_UP)
                 # both terms are relative: to the error of weights rounded to nearest, to the number
                 # of weights
                 beta = 2 + 9 * (1 + math.cos(math.pi * done))
@@ -170,71 +247,36 @@ class _Task:
                 loss = loss + _REGULARIZATION * undecided.sum() / total
             optimizer.zero_grad()
             torch.autograd.backward(loss)
-            _mute_undefined(item.logits for item in soft.values())
+            _mute_undefined([*logits, *shifts])
             optimizer.step()
-        found = {name: item.hard() for name, item in soft.items()}
-        before = {name: self.fixed[name] for name in found}
-        self.fixed.update((name, torch.from_numpy(c.values)) for name, c in found.items())
-        error = self._mean_error(inner) / nearest
-        if not error < 1:  # too few steps or images for this block
-            self.fixed.update(before)
-            return {}, {"error": 1.0}
-        self.constants.update(found)
-        return found, {"error": error}
+            if soft and iteration % max(1, round(_CHECK * iterations)) == 0:
+                before, decided = decided, [item >= 0 for item in logits]
+                started = iteration >= _WARM_UP * iterations
+                if started and all(map(torch.equal, before, decided)):
+                    break
+        return True
 
-    def learn_exponents(self, linked: Mapping[str, str]) -> None:
-        """Learn the exponents of the quantizers in and behind the block."""
-        own = {
-            name: SoftQuantizer(self.quantizers[name])
-            for name in self.made
-            if linked.get(name, name) == name
+    def _constants(self) -> dict[str, torch.Tensor]:
+        """Values of the block's quantized constants."""
+        names = {name for step in self.block.steps for name in step.inputs}
+        return {
+            name: torch.from_numpy(constant.values)
+            for name, constant in self.constants.items()
+            if name in names
         }
-        if not own:
-            return
-        parameters = [quantizer.exponent.requires_grad_() for quantizer in own.values()]
-        optimizer = torch.optim.Adam(parameters, lr=_EXPONENT_RATE)
-        soft = {
-            name: own.get(linked.get(name, name)) or SoftQuantizer(self.quantizers[name])
-            for name in self.made
-        }
-        nearest = self._mean_error(soft)
-        if not 0 < nearest < math.inf:
-            return
-        for _ in range(self.how.iterations // 4):
-            loss = self._error(self._draw(), {}, soft, 0.0) / nearest
-            if not loss.requires_grad:
-                return
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            _mute_undefined(parameters)
-            optimizer.step()
-        for root, quantizer in own.items():
-            learned = replace(
-                self.quantizers[root], exponent=round(float(quantizer.exponent.detach()))
-            )
-            for name in [root, *(n for n, r in linked.items() if r == root)]:
-                if name in self.quantizers:
-                    self.quantizers[name] = learned
 
-    def _draw(self) -> Sequence[Sample]:
-        return self.samples.draw(_BATCH, self.generator)
-
-    def _mean_error(self, quantizers: Mapping[str, SoftQuantizer]) -> float:
-        """The error with the weights in force, over some 64 images."""
+    def _mean_error(self) -> float:
+        """The error with the constants in force, over some 64 images."""
         with torch.no_grad():
-            return float(self._error(self.samples.first(64), {}, quantizers, 0.0))
+            return float(self._error(self.samples.first(64), self._constants(), 0.0))
 
     def _error(
-        self,
-        samples: Sequence[Sample],
-        weights: Tensors,
-        quantizers: Mapping[str, SoftQuantizer],
-        drop: float,
+        self, samples: Sequence[Sample], constants: Tensors, drop: float
     ) -> torch.Tensor:
         """Mean squared error of the block's outputs, weighted by their sensitivity."""
         errors = []
         for sample in samples:
-            values = self._run(sample["inputs"], weights, quantizers, drop)
+            values = self._run(sample["inputs"], constants, drop)
             for name in self.targets:
                 error = (values[name] - sample["targets"][name]).square()
                 if name in sample["sensitivity"]:
@@ -242,24 +284,18 @@ class _Task:
                 errors.append(error.mean())
         return torch.stack(errors).sum() / len(samples)
 
-    def _run(
-        self,
-        inputs: Tensors,
-        weights: Tensors,
-        quantizers: Mapping[str, SoftQuantizer],
-        drop: float,
-    ) -> dict[str, torch.Tensor]:
+    def _run(self, inputs: Tensors, constants: Tensors, drop: float) -> Tensors:
         values = dict(inputs)
-        constants = {**self.fixed, **weights}
         for step in self.block.steps:
             given = {n: values[n] for n in step.inputs if n in values}
             given.update((n, constants[n]) for n in step.inputs if n in constants)
             for name, value in zip(
                 step.outputs, self.graph.run_step(step, given), strict=False
             ):
-                quantizer = quantizers.get(name)
                 values[name] = (
-                    value if quantizer is None else quantizer(value, drop, self.generator)
+                    soft_quantize(value, self.inner[name], drop, self.generator)
+                    if name in self.inner
+                    else value
                 )
         return values
 

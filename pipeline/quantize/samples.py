@@ -36,49 +36,40 @@ class Samples:
         *,
         mixed: bool,
     ) -> None:
-        self._sizes, self._mixed = sizes, mixed
-        parts = range(1 if mixed else len(sizes))
-        self._parts: list[Sample] = [
-            {
-                group: {
-                    name: _joined(batches) if mixed else batches[part]
-                    for name, batches in named.items()
-                }
-                for group, named in groups.items()
-            }
-            for part in parts
-        ]
+        self._groups, self._sizes, self._mixed = groups, sizes, mixed
+        self._places = [(b, i) for b, size in enumerate(sizes) for i in range(size)]
 
     def draw(self, count: int, generator: torch.Generator) -> Sequence[Sample]:
         """Draw ``count`` images at random, or as many batches as hold them."""
         if self._mixed:
-            rows = torch.randint(sum(self._sizes), (count,), generator=generator)
-            return [_rows(self._parts[0], rows)]
+            rows = torch.randint(len(self._places), (count,), generator=generator)
+            return [self._rows(rows.tolist())]
         drawn = torch.randint(
-            len(self._parts), (self._num_batches(count),), generator=generator
+            len(self._sizes), (self._num_batches(count),), generator=generator
         )
-        return [self._parts[index] for index in drawn.tolist()]
+        return [self._batch(index) for index in drawn.tolist()]
 
     def first(self, count: int) -> Sequence[Sample]:
         """The first ``count`` images, or the first batches that hold them."""
         if self._mixed:
-            return [_rows(self._parts[0], torch.arange(min(count, sum(self._sizes))))]
-        return self._parts[: self._num_batches(count)]
+            return [self._rows(range(min(count, len(self._places))))]
+        return [self._batch(index) for index in range(self._num_batches(count))]
 
     def _num_batches(self, count: int) -> int:
-        return min(math.ceil(count / self._sizes[0]), len(self._parts))
+        return min(math.ceil(count / self._sizes[0]), len(self._sizes))
 
+    def _batch(self, index: int) -> Sample:
+        return {
+            group: {name: batches[index] for name, batches in named.items()}
+            for group, named in self._groups.items()
+        }
 
-def _rows(sample: Sample, rows: torch.Tensor) -> Sample:
-    return {
-        group: {name: value[rows] for name, value in named.items()}
-        for group, named in sample.items()
-    }
-
-
-def _joined(batches: Sequence[torch.Tensor]) -> torch.Tensor:
-    """All images of a tensor; convolutions run fastest in this memory format."""
-    joined = torch.cat(list(batches))
-    return (
-        joined.contiguous(memory_format=torch.channels_last) if joined.dim() == 4 else joined
-    )
+    def _rows(self, rows: Sequence[int]) -> Sample:
+        places = [self._places[row] for row in rows]
+        return {
+            group: {
+                name: torch.cat([batches[b][i : i + 1] for b, i in places])
+                for name, batches in named.items()
+            }
+            for group, named in self._groups.items()
+        }

@@ -1,0 +1,131 @@
+"""Learn the exponents of the activation quantizers from what they do to the network's outputs.
+
+A power of two apart is a long way. The slope of an error at one exponent (TQT, arXiv 1903.08066)
+does not know what waits at the next, a scale learned freely and rounded afterwards may land on
+the worse side, and the mean squared error of a tensor or a block prefers fine steps to large
+values, which decide more of the outputs. So whole exponents are tried, tensor after tensor, and
+the outputs of the network judge, all of it quantized: biases and roundings must have been chosen
+before, or exponents are chosen that make up for their errors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from graph_tools.torch_graph import Step
+from pipeline.quantize.lockstep import Lockstep
+from pipeline.quantize.simulate import fake_quantize
+
+__all__ = ["learn_exponents", "output_difference"]
+
+_BATCHES = 2  # of images that judge
+_GAIN = 0.01  # share of the difference by which it has to fall
+
+Values = Mapping[str, torch.Tensor]
+
+
+def learn_exponents(
+    lockstep: Lockstep,
+    linked: Mapping[str, str],
+    *,
+    fixed: Collection[str] = (),
+    on_step: Callable[[int, int], None] | None = None,
+) -> int:
+    """Coordinate descent over the exponents, one up or down, in the order of the graph.
+
+    Args:
+        lockstep: both networks, at their beginning; its quantizers are replaced.
+        linked: tensors that must have the quantizer of another, with that one.
+        fixed: tensors whose exponent stays.
+        on_step: called with (operators done, operators).
+
+    Returns:
+        How many exponents changed.
+    """
+    graph = lockstep.graph
+    with torch.no_grad():
+        images = lockstep.exact[graph.input_names[0]][:_BATCHES]
+        wanted = [graph(batch) for batch in images]
+    groups = dict(_groups(lockstep, linked))
+    changes, least = 0, math.nan
+    for index, step in enumerate(graph.steps):
+        for first in groups.keys() & set(step.outputs):
+            group = groups[first]
+            if not set(fixed).isdisjoint(group):
+                continue
+            if math.isnan(least):
+                least = _difference(lockstep, graph.steps[index:], wanted)
+            before = lockstep.tensors[first]
+            assert isinstance(before.exponent, int)
+            for exponent in (before.exponent - 1, before.exponent + 1):
+                trial = replace(before, exponent=exponent)
+                lockstep.tensors.update(dict.fromkeys(group, trial))
+                difference = _difference(lockstep, graph.steps[index:], wanted)
+                if difference < (1 - _GAIN) * least:
+                    least, changes = difference, changes + 1
+                    break
+                lockstep.tensors.update(dict.fromkeys(group, before))
+        lockstep.run(step)
+        lockstep.quantize(step.outputs)
+        lockstep.forget(step)
+        if on_step is not None:
+            on_step(index + 1, len(graph.steps))
+    return changes
+
+
+def _groups(
+    lockstep: Lockstep, linked: Mapping[str, str]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Tensors with one quantizer, by the one that is computed first."""
+    made = [name for step in lockstep.graph.steps for name in step.outputs]
+    groups: dict[str, list[str]] = {}
+    for name in made:
+        if name in lockstep.tensors:
+            groups.setdefault(linked.get(name, name), []).append(name)
+    for root, members in groups.items():
+        if root in made:  # those of the input stay
+            yield members[0], tuple(members)
+
+
+@torch.no_grad()
+def _difference(lockstep: Lockstep, steps: Sequence[Step], wanted: Sequence[Values]) -> float:
+    """Of the quantized network's outputs from the float one's; ``steps`` are still to be run."""
+    constants = lockstep.values({name for step in steps for name in step.inputs})
+    total = 0.0
+    for batch, exact in enumerate(wanted):
+        values = {name: batches[batch] for name, batches in lockstep.rounded.items()}
+        for step in steps:
+            given = {n: values[n] for n in step.inputs if n in values}
+            given.update((n, constants[n]) for n in step.inputs if n in constants)
+            for name, value in zip(
+                step.outputs, lockstep.graph.run_step(step, given), strict=False
+            ):
+                quantizer = lockstep.tensors.get(name)
+                values[name] = value if quantizer is None else fake_quantize(value, quantizer)
+        total += output_difference(exact, values)
+    return total
+
+
+def output_difference(exact: Values, found: Values) -> float:
+    """Kullback-Leibler divergence of class scores [N, classes], else relative squared error.
+
+    Args:
+        exact: outputs by name.
+        found: their approximations; outputs that are missing there do not count.
+    """
+    total = 0.0
+    for name, wanted in exact.items():
+        if name not in found or not wanted.is_floating_point() or not wanted.numel():
+            continue
+        value = found[name]
+        if wanted.dim() == 2 and wanted.shape[1] > 1:
+            p, q = wanted.log_softmax(dim=1), value.log_softmax(dim=1)
+            total += float((p.exp() * (p - q)).sum()) / len(wanted)
+        else:
+            power = wanted.var(correction=0).clamp_min(1e-12)
+            total += float((value - wanted).square().mean() / power)
+    return total if math.isfinite(total) else math.inf
