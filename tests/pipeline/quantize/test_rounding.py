@@ -147,7 +147,9 @@ def test_learning_ends_when_no_rounding_changes_any_more(residual, images, monke
     for rate in (3e-2, 0.0):
         monkeypatch.setattr("pipeline.quantize.reconstruction._LEARNING_RATE", rate)
         draws.clear()
-        settings = QuantizeSettings(weights=2, rounding="brecq", learn_exponents=False)
+        settings = QuantizeSettings(
+            weights=2, rounding="brecq", learn_exponents=False, bias_correction="none"
+        )
         quantize(residual, images, settings)
         counts.append(len(draws))
     steps = 100 * len(set(map(id, draws)))
