@@ -175,7 +175,7 @@ class _Task:
         weights = {name: item.hard() for name, item in soft.items()}
         self.constants.update(weights)
         if biases:  # weights that were undecided have moved: once more with all as it will be
-            self._descend({}, biases, nearest, round(_SETTLING * iterations), 0.0)
+            self._descend({}, biases, nearest, round(_SETTLING * iterations), drop)
         found = Learned(
             weights=weights,
             biases={name: item.value().detach().numpy() for name, item in biases.items()},
@@ -245,6 +245,8 @@ class _Task:
                 beta = 2 + 9 * (1 + math.cos(math.pi * done))
                 undecided = torch.stack([item.regularizer(beta) for item in soft.values()])
                 loss = loss + _REGULARIZATION * undecided.sum() / total
+            if not soft:
+                optimizer.param_groups[-1]["lr"] = _BIAS_RATE * (1 - iteration / iterations)
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             _mute_undefined([*logits, *shifts])
