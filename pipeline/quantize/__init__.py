@@ -7,35 +7,28 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
 
-from graph_tools.blocks import find_blocks, find_layers
 from graph_tools.errors import ModelError
 from graph_tools.integer_tail import IntegerTail, find_integer_tail
 from graph_tools.model import Model, initializers
-from graph_tools.quantizer import FloatNode, Plan, QuantizedConstant, TensorQuantizer
+from graph_tools.quantizer import FloatNode, Plan, TensorQuantizer
 from graph_tools.torch_graph import TorchGraph
 from pipeline.images import ImageSet
-from pipeline.quantize.bias_correction import correct_biases, correct_biases_analytically
-from pipeline.quantize.exponents import learn_exponents
+from pipeline.quantize.activations import (
+    absorb_activations,
+    activation_quantizers,
+    midpoint_tensors,
+)
+from pipeline.quantize.constants import quantize_constants, quantize_site
 from pipeline.quantize.lockstep import Lockstep
 from pipeline.quantize.mixed_precision import NUM_IMAGES, MixedPrecision, choose_mixed
-from pipeline.quantize.observe import Histogram, observe
-from pipeline.quantize.placement import Placement, Weighted, place
-from pipeline.quantize.reconstruction import Learned, Reconstruction, reconstruct
-from pipeline.quantize.second_moment import SecondMomentCorrection
+from pipeline.quantize.observe import observe
+from pipeline.quantize.placement import Placement, place
+from pipeline.quantize.refinement import OnStep, Refinement
 from pipeline.quantize.shift_negative import shift_negatives
-from pipeline.quantize.thresholds import activation_exponent, ceil_log2, without_outliers
-from pipeline.quantize.weights import (
-    bias_bits,
-    input_exponent,
-    quantize_bias,
-    quantize_operand,
-    quantize_weight,
-)
 from pipeline.quantize.widths import Widths, choose_widths
 from pipeline.settings import QuantizeSettings
 
@@ -43,11 +36,6 @@ __all__ = ["Quantization", "quantize"]
 
 logger = logging.getLogger(__name__)
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
-OnStep = Callable[[int, int, Mapping[str, float]], None]
-
-DEFAULT_ITERATIONS = 100  # of learned rounding
 _BATCH_BYTES = 16 * 2**20  # of one batch of images
 
 
@@ -120,8 +108,8 @@ def quantize(
         )
     widths = choose_widths(placement, graph.steps, ending, settings)
     histograms = observe(graph, placement.roots, batches)
-    tensors = _activation_quantizers(placement, histograms, widths, settings, model.input.name)
-    absorbed = _absorb_activations(placement, tensors)
+    tensors = activation_quantizers(placement, histograms, widths, settings, model.input.name)
+    absorb_activations(placement, tensors)
     for tensor, root in placement.shares.items():
         tensors[tensor] = tensors[root]
     values = initializers(model.proto)
@@ -132,70 +120,17 @@ def quantize(
     else:
         notes += [mixed.note, *_other_widths(replace(widths, weights={}), settings)]
         widths = replace(widths, weights={**widths.weights, **mixed.widths})
-    constants = _constants(placement, tensors, values, widths, settings, results)
+    constants = quantize_constants(placement, tensors, values, widths, settings, results)
 
-    def side_by_side(*, spill: bool = False) -> Lockstep:
-        whole = model.fixed_batch is not None
-        return Lockstep(graph, tensors, constants, batches(), whole_batches=whole, spill=spill)
-
-    learned_rounding = settings.rounding != "nearest"
-    if learned_rounding:
-        lockstep = side_by_side(spill=True)
-        learned = _learn(lockstep, placement, settings, seed, on_step)
-        values.update(learned.biases)
-        constants.update(learned.weights)
-        constants.update(_biases(placement, tensors, constants, values))
-        what = "roundings and biases" if learned.biases else "roundings"
-        notes.append(f"{what} learned on {lockstep.num_images} images ({settings.rounding})")
-    if settings.learn_exponents or (
-        settings.learn_exponents is None and settings.rounding == "brecq"
-    ):
-        changes = learn_exponents(
-            side_by_side(),
-            {**placement.shares, **dict(placement.activations.values())},
-            fixed=placement.unit_range,
-            on_step=None if on_step is None else (lambda i, n: on_step(i, n, {})),
-        )
-        absorbed = _absorb_activations(placement, tensors)
-        constants.update(_biases(placement, tensors, constants, values))
-        notes.append(f"exponents learned, changed: {changes}")
-    if learned_rounding:
-        pass  # biases are learned, if at all
-    elif settings.bias_correction == "analytic":
-        constants.update(
-            correct_biases_analytically(
-                graph, batches(), placement.weighted, values, tensors, constants
-            )
-        )
-        notes.append("biases corrected by the means of the float network's inputs")
-    elif settings.bias_correction == "empirical":
-        lockstep = side_by_side()
-        rescale = (
-            SecondMomentCorrection(values, settings.threshold)
-            if settings.second_moment_correction
-            else None
-        )
-        corrected = correct_biases(
-            lockstep,
-            placement.weighted,
-            {
-                site.bias: values[site.bias]
-                for site in placement.weighted.values()
-                if site.bias
-            },
-            rescale=rescale,
-            on_step=None if on_step is None else (lambda i, n: on_step(i, n, {})),
-        )
-        constants.update(corrected)
-        if rescale is not None:
-            notes.append(f"second moments corrected: {rescale.num_channels} channels")
-        notes.append(f"biases corrected on {lockstep.num_images} images")
+    refinement = Refinement(model, graph, placement, tensors, constants, values, batches)
+    notes += refinement.run(settings, seed, on_step)
+    absorbed = absorb_activations(placement, tensors)
     plan = Plan(
         tensors=tensors,
         constants=constants,
         absorbed=absorbed,
         shares=placement.shares,
-        midpoint=_midpoint(placement, tensors, settings),
+        midpoint=midpoint_tensors(placement, tensors, settings),
         float_nodes=(*placement.float_nodes, *_left_alone(model, tail)),
         float_results=placement.float_results,
     )
@@ -231,7 +166,7 @@ def _mixed(
     return choose_mixed(
         Lockstep(graph, {}, {}, few, whole_batches=whole),
         placement.weighted,
-        lambda site, bits: _weight(site, tensors, values, bits, settings),
+        lambda site, bits: quantize_site(site, tensors, values, bits, settings),
         target,
         {node: widths.weights[node] for node in widths.named},
         correct_biases=settings.bias_correction != "none",
@@ -265,159 +200,3 @@ def _batch_size(model: Model) -> int:
     if model.fixed_batch is not None:
         return model.fixed_batch
     return int(np.clip(_BATCH_BYTES // (4 * np.prod(model.input.shape)), 1, 64))
-
-
-def _activation_quantizers(
-    placement: Placement,
-    histograms: Mapping[str, Histogram],
-    widths: Widths,
-    settings: QuantizeSettings,
-    input_name: str,
-) -> dict[str, TensorQuantizer]:
-    quantizers = {}
-    bounds = {
-        after: placement.clip_bounds[node][1]
-        for node, (_, after) in placement.activations.items()
-        if node in placement.clip_bounds
-    }
-    for name in placement.roots:
-        histogram, bits = histograms[name], widths.activations[name]
-        signed = name not in placement.nonnegative and not (
-            name == input_name and histogram.low >= 0
-        )
-        if name in placement.unit_range:
-            exponent = -(bits - signed)
-        else:
-            exponent = activation_exponent(
-                histogram.centers,
-                without_outliers(histogram.centers, histogram.counts, settings.outlier_z),
-                bits=bits,
-                signed=signed,
-                metric=settings.threshold,
-            )
-        if 0 < bounds.get(name, np.inf) < np.inf:  # a Clip saturates there anyway
-            exponent = min(exponent, ceil_log2(bounds[name]) - (bits - signed))
-        quantizers[name] = TensorQuantizer(bits=bits, signed=signed, exponent=exponent)
-    return quantizers
-
-
-def _absorb_activations(
-    placement: Placement, tensors: dict[str, TensorQuantizer]
-) -> dict[str, str]:
-    """Relu and Clip nodes that saturation does; the others get a quantizer before them, too."""
-    absorbed = {}
-    for node, (before, after) in placement.activations.items():
-        quantizer = tensors[after]
-        low, high = placement.clip_bounds.get(node, (0.0, np.inf))
-        scale = float(quantizer.scale)
-        tensors.pop(before, None)
-        if quantizer.qmin * scale >= low and quantizer.qmax * scale <= high:
-            absorbed[node] = after
-        else:
-            tensors[before] = quantizer
-    return absorbed
-
-
-def _learn(
-    lockstep: Lockstep,
-    placement: Placement,
-    settings: QuantizeSettings,
-    seed: int,
-    on_step: OnStep | None,
-) -> Learned:
-    """Weights with learned roundings, and the biases learned with them."""
-    find = find_layers if settings.rounding == "adaround" else find_blocks
-    how = Reconstruction(
-        iterations=settings.rounding_iterations or DEFAULT_ITERATIONS,
-        biases=settings.bias_correction != "none",
-        drop=settings.qdrop,
-        fisher=settings.reconstruction == "fisher",
-    )
-    return reconstruct(
-        lockstep,
-        find(
-            lockstep.graph,
-            placement.weighted,
-            apart={node.node for node in placement.float_nodes},
-        ),
-        placement.weighted,
-        how,
-        torch.Generator().manual_seed(seed),
-        on_step=on_step,
-    )
-
-
-def _midpoint(
-    placement: Placement, tensors: Mapping[str, TensorQuantizer], settings: QuantizeSettings
-) -> frozenset[str]:
-    """Signed tensors with several readers.
-
-    onnxruntime on x64 computes in uint8 and turns int8 into it only where one operator reads
-    the tensor; the others, and the operators around them, would stay in float.
-    """
-    if settings.zero_point == "zero":
-        return frozenset()
-    return frozenset(
-        tensor
-        for tensor, quantizer in tensors.items()
-        if quantizer.signed and placement.num_readers.get(tensor, 0) > 1
-    )
-
-
-def _constants(
-    placement: Placement,
-    tensors: Mapping[str, TensorQuantizer],
-    values: Mapping[str, Array],
-    widths: Widths,
-    settings: QuantizeSettings,
-    results: Mapping[str, str],
-) -> dict[str, QuantizedConstant]:
-    """Integers of all constants; ``results``: the tensor that each node makes."""
-    constants = {}
-    for site in placement.weighted.values():
-        bits = widths.weights[site.node]
-        constants[site.weight] = _weight(site, tensors, values, bits, settings)
-    constants.update(_biases(placement, tensors, constants, values))
-    for name, node in placement.operands.items():
-        made = results[node]  # an operand has the width of the result, Relu or Clip included
-        made = dict(placement.activations.values()).get(made, made)
-        bits = widths.activations.get(placement.shares.get(made, made), settings.activations)
-        constants[name] = quantize_operand(node, values[name], bits=bits)
-    return constants
-
-
-def _weight(
-    site: Weighted,
-    tensors: Mapping[str, TensorQuantizer],
-    values: Mapping[str, Array],
-    bits: int,
-    settings: QuantizeSettings,
-) -> QuantizedConstant:
-    return quantize_weight(
-        site,
-        values[site.weight],
-        values[site.bias] if site.bias else None,
-        input_exponent(site, tensors),
-        bits=bits,
-        metric=settings.threshold,
-        bias_bits=bias_bits(site, tensors),
-        free=settings.weight_scale == "free",
-    )
-
-
-def _biases(
-    placement: Placement,
-    tensors: Mapping[str, TensorQuantizer],
-    constants: Mapping[str, QuantizedConstant],
-    values: Mapping[str, Array],
-) -> dict[str, QuantizedConstant]:
-    return {
-        site.bias: quantize_bias(
-            site,
-            values[site.bias],
-            input_exponent(site, tensors),
-            constants[site.weight],
-        )
-        for site in placement.weighted.values()
-        if site.bias
-    }

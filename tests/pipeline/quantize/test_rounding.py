@@ -134,7 +134,7 @@ def test_learned_biases_take_up_what_roundings_shift(make_model, tmp_path, run_o
         assert ("biases" in quantization.notes[0]) == (correction == "empirical")
         (found,) = run_onnx(write_qdq(model, quantization.plan), images.load())
         offsets[correction] = float(np.abs((found - exact).mean(axis=0)).mean())
-    assert offsets["empirical"] < 0.6 * offsets["none"]
+    assert offsets["empirical"] < 0.8 * offsets["none"]
 
 
 def test_learning_ends_when_no_rounding_changes_any_more(residual, images, monkeypatch):

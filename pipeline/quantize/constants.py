@@ -1,0 +1,85 @@
+"""Integers of all constants of a network, from the scales of its activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from graph_tools.quantizer import QuantizedConstant, TensorQuantizer
+from pipeline.quantize.placement import Placement, Weighted
+from pipeline.quantize.weights import (
+    bias_bits,
+    input_exponent,
+    quantize_bias,
+    quantize_operand,
+    quantize_weight,
+)
+from pipeline.quantize.widths import Widths
+from pipeline.settings import QuantizeSettings
+
+__all__ = ["quantize_biases", "quantize_constants", "quantize_site"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def quantize_constants(
+    placement: Placement,
+    tensors: Mapping[str, TensorQuantizer],
+    values: Mapping[str, Array],
+    widths: Widths,
+    settings: QuantizeSettings,
+    results: Mapping[str, str],
+) -> dict[str, QuantizedConstant]:
+    """Integers of all constants; ``results``: the tensor that each node makes."""
+    constants = {}
+    for site in placement.weighted.values():
+        bits = widths.weights[site.node]
+        constants[site.weight] = quantize_site(site, tensors, values, bits, settings)
+    constants.update(quantize_biases(placement, tensors, constants, values))
+    for name, node in placement.operands.items():
+        made = results[node]  # an operand has the width of the result, Relu or Clip included
+        made = dict(placement.activations.values()).get(made, made)
+        bits = widths.activations.get(placement.shares.get(made, made), settings.activations)
+        constants[name] = quantize_operand(node, values[name], bits=bits)
+    return constants
+
+
+def quantize_site(
+    site: Weighted,
+    tensors: Mapping[str, TensorQuantizer],
+    values: Mapping[str, Array],
+    bits: int,
+    settings: QuantizeSettings,
+) -> QuantizedConstant:
+    """Integers of the weight of one operator, rounded to nearest."""
+    return quantize_weight(
+        site,
+        values[site.weight],
+        values[site.bias] if site.bias else None,
+        input_exponent(site, tensors),
+        bits=bits,
+        metric=settings.threshold,
+        bias_bits=bias_bits(site, tensors),
+        free=settings.weight_scale == "free",
+    )
+
+
+def quantize_biases(
+    placement: Placement,
+    tensors: Mapping[str, TensorQuantizer],
+    constants: Mapping[str, QuantizedConstant],
+    values: Mapping[str, Array],
+) -> dict[str, QuantizedConstant]:
+    """Integers of all biases with the scales of inputs and weights that are in force."""
+    return {
+        site.bias: quantize_bias(
+            site,
+            values[site.bias],
+            input_exponent(site, tensors),
+            constants[site.weight],
+        )
+        for site in placement.weighted.values()
+        if site.bias
+    }
