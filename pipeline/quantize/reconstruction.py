@@ -36,6 +36,8 @@ Tensors = Mapping[str, torch.Tensor]
 Quantizers = Mapping[str, TensorQuantizer]
 
 _BATCH = 32  # images in a step
+_FEWEST = 8  # of large ones
+_POSITIONS = 2**15  # of a tensor, over all images of a step, that are enough
 _WARM_UP = 0.2  # share of the steps before the regularizer sets in
 _SETTLING = 0.5  # steps for the biases alone, as a share of those for all
 _CHECK = 0.1  # share of the steps after which unchanged roundings are final
@@ -150,6 +152,8 @@ class _Task:
             for name in step.outputs
             if name in self.quantizers and name not in targets
         }
+        positions = max(lockstep.exact[name][0][:1, :1].numel() for name in targets)
+        self.batch = min(max(_FEWEST, _POSITIONS // max(positions, 1)), _BATCH)
 
     def learn(self, sites: Sequence[Weighted]) -> tuple[Learned, float]:
         """Learn roundings and biases; those that beat the nearest are then the lockstep's.
@@ -201,7 +205,7 @@ class _Task:
 
     def _soft_biases(self, sites: Sequence[Weighted]) -> dict[str, SoftBias]:
         with torch.no_grad():
-            sample = self.samples.first(_BATCH)[0]
+            sample = self.samples.first(self.batch)[0]
             values = self._run(sample["inputs"], self._constants(), 0.0)
         return {
             site.bias: SoftBias(
@@ -234,7 +238,7 @@ class _Task:
         for iteration in range(iterations):
             constants = fixed | {name: item.weight() for name, item in soft.items()}
             constants |= {name: item.value() for name, item in biases.items()}
-            samples = self.samples.draw(_BATCH, self.generator)
+            samples = self.samples.draw(self.batch, self.generator)
             loss = self._error(samples, constants, drop) / unit
             if not loss.requires_grad:  # the outputs do not depend on the weights by value
                 return False
