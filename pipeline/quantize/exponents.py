@@ -18,7 +18,7 @@ import torch
 
 from graph_tools.torch_graph import Step
 from pipeline.quantize.lockstep import Lockstep
-from pipeline.quantize.simulate import fake_quantize
+from pipeline.quantize.simulate import simulate
 
 __all__ = ["learn_exponents", "output_difference"]
 
@@ -91,22 +91,14 @@ def _groups(
             yield members[0], tuple(members)
 
 
-@torch.no_grad()
 def _difference(lockstep: Lockstep, steps: Sequence[Step], wanted: Sequence[Values]) -> float:
     """Of the quantized network's outputs from the float one's; ``steps`` are still to be run."""
     constants = lockstep.values({name for step in steps for name in step.inputs})
     total = 0.0
     for batch, exact in enumerate(wanted):
         values = {name: batches[batch] for name, batches in lockstep.rounded.items()}
-        for step in steps:
-            given = {n: values[n] for n in step.inputs if n in values}
-            given.update((n, constants[n]) for n in step.inputs if n in constants)
-            for name, value in zip(
-                step.outputs, lockstep.graph.run_step(step, given), strict=False
-            ):
-                quantizer = lockstep.tensors.get(name)
-                values[name] = value if quantizer is None else fake_quantize(value, quantizer)
-        total += output_difference(exact, values)
+        found = simulate(lockstep.graph, steps, values, lockstep.tensors, constants)
+        total += output_difference(exact, found)
     return total
 
 

@@ -1,12 +1,15 @@
-"""Quantize and dequantize on torch tensors."""
+"""The quantized network in torch."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from graph_tools.quantizer import TensorQuantizer
+from graph_tools.torch_graph import Step, TorchGraph
 
-__all__ = ["fake_quantize"]
+__all__ = ["fake_quantize", "simulate"]
 
 
 def fake_quantize(value: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
@@ -22,3 +25,32 @@ def fake_quantize(value: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tens
     scale = float(quantizer.scale)
     scaled = torch.round(value * (1.0 / scale))
     return scaled.clamp_(quantizer.qmin, quantizer.qmax).mul_(scale)
+
+
+@torch.no_grad()
+def simulate(
+    graph: TorchGraph,
+    steps: Sequence[Step],
+    values: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, TensorQuantizer],
+    constants: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Compute steps of the quantized network.
+
+    Args:
+        graph: the float network.
+        steps: those to compute, in order.
+        values: what is known before, by tensor name, quantized where that is due.
+        tensors: quantizers of the tensors that the steps make.
+        constants: dequantized constants.
+
+    Returns:
+        ``values`` and all that the steps make.
+    """
+    found = dict(values)
+    for step in steps:
+        given = {name: found[name] for name in step.inputs if name in found}
+        given.update((name, constants[name]) for name in step.inputs if name in constants)
+        for name, value in zip(step.outputs, graph.run_step(step, given), strict=False):
+            found[name] = fake_quantize(value, tensors[name]) if name in tensors else value
+    return found
