@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 
 from graph_tools.torch_graph import Step
-from pipeline.quantize.lockstep import Lockstep
+from pipeline.quantize.lockstep import Batches, Lockstep
 from pipeline.quantize.simulate import simulate
 
 __all__ = ["learn_exponents", "output_difference"]
@@ -51,6 +51,7 @@ def learn_exponents(
         images = lockstep.exact[graph.input_names[0]][:_BATCHES]
         wanted = [graph(batch) for batch in images]
     groups = dict(_groups(lockstep, linked))
+    outputs: dict[str, Batches] = {}  # the lockstep frees those that no operator reads
     changes, least = 0, math.nan
     for index, step in enumerate(graph.steps):
         for first in groups.keys() & set(step.outputs):
@@ -58,19 +59,21 @@ def learn_exponents(
             if not set(fixed).isdisjoint(group):
                 continue
             if math.isnan(least):
-                least = _difference(lockstep, graph.steps[index:], wanted)
+                least = _difference(lockstep, graph.steps[index:], outputs, wanted)
             before = lockstep.tensors[first]
             assert isinstance(before.exponent, int)
             for exponent in (before.exponent - 1, before.exponent + 1):
                 trial = replace(before, exponent=exponent)
                 lockstep.tensors.update(dict.fromkeys(group, trial))
-                difference = _difference(lockstep, graph.steps[index:], wanted)
+                difference = _difference(lockstep, graph.steps[index:], outputs, wanted)
                 if difference < (1 - _GAIN) * least:
                     least, changes = difference, changes + 1
                     break
                 lockstep.tensors.update(dict.fromkeys(group, before))
         lockstep.run(step)
         lockstep.quantize(step.outputs)
+        made = set(step.outputs).intersection(graph.output_names)
+        outputs.update((name, lockstep.rounded[name]) for name in made)
         lockstep.forget(step)
         if on_step is not None:
             on_step(index + 1, len(graph.steps))
@@ -91,12 +94,21 @@ def _groups(
             yield members[0], tuple(members)
 
 
-def _difference(lockstep: Lockstep, steps: Sequence[Step], wanted: Sequence[Values]) -> float:
-    """Of the quantized network's outputs from the float one's; ``steps`` are still to be run."""
+def _difference(
+    lockstep: Lockstep,
+    steps: Sequence[Step],
+    outputs: Mapping[str, Batches],
+    wanted: Sequence[Values],
+) -> float:
+    """Of the quantized network's outputs from the float one's.
+
+    ``steps`` are still to be run; ``outputs`` are those that the others have computed.
+    """
     constants = lockstep.values({name for step in steps for name in step.inputs})
     total = 0.0
+    known = {**outputs, **lockstep.rounded}
     for batch, exact in enumerate(wanted):
-        values = {name: batches[batch] for name, batches in lockstep.rounded.items()}
+        values = {name: batches[batch] for name, batches in known.items()}
         found = simulate(lockstep.graph, steps, values, lockstep.tensors, constants)
         total += output_difference(exact, found)
     return total

@@ -74,6 +74,36 @@ def test_fixed_exponents_stay(graph):
     assert tensors == quantizers((-4, 2))
 
 
+def test_outputs_that_are_computed_early_count_to_the_end(make_model):
+    """Their error is no reason to change exponents behind them."""
+    graph = TorchGraph(
+        make_model(
+            "g (float[N,4,1,1] x) => (float[N,8] early, float[N,5] y) {"
+            " i = Flatten(x) early = Gemm(i, u, b) c = Gemm(i, w, b) y = Gemm(c, v, d) }",
+            u=normal(4, 8),
+            w=normal(4, 8),
+            b=normal(8),
+            v=normal(8, 5),
+            d=normal(5),
+        ).proto
+    )
+    image = torch.from_numpy(normal(64, 4, 1, 1))
+
+    def with_exponents(early, hidden, logits):
+        return {
+            "early": TensorQuantizer(bits=4, signed=True, exponent=early),  # the largest error
+            "c": TensorQuantizer(bits=8, signed=True, exponent=hidden),
+            "y": TensorQuantizer(bits=8, signed=True, exponent=logits),
+        }
+
+    ranges = range(-3, 1), range(-7, -2), range(-7, -1)
+    choices = [with_exponents(*chosen) for chosen in itertools.product(*ranges)]
+    tensors = min(choices, key=lambda chosen: difference(graph, image, chosen))
+    best = dict(tensors)
+    assert learn_exponents(Lockstep(graph, tensors, {}, [image]), {}) == 0
+    assert tensors == best
+
+
 def test_difference_of_classes_is_that_of_their_probabilities():
     p = np.array([0.7, 0.2, 0.1])
     q = np.array([0.2, 0.5, 0.3])
