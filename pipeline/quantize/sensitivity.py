@@ -75,7 +75,7 @@ def measure_sensitivity(
                 values = {name: all_[batch] for name, all_ in lockstep.exact.items()}
                 values[site.output] = results[batch]
                 _finish(graph, graph.steps[index + 1 :], values, weights)
-                for name in errors:
+                for name in errors.keys() & values.keys():  # the others were made before
                     errors[name] += _power(values[name] - outputs[name])
             found[site.weight][bits] = sum(
                 math.sqrt(error / power[name]) for name, error in errors.items() if power[name]

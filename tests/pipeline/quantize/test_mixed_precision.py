@@ -124,6 +124,29 @@ def test_sensitivity_is_the_error_of_a_network_with_one_other_weight(
         assert found[site.weight][4] < found[site.weight][2]
 
 
+def test_layers_behind_an_output_do_not_disturb_it(make_model):
+    values = {
+        "w": np.random.default_rng(1).normal(size=(4, 8)).astype(np.float32),
+        "v": np.random.default_rng(2).normal(size=(4, 5)).astype(np.float32),
+    }
+    model = make_model(
+        "g (float[N,4,1,1] x) => (float[N,8] early, float[N,5] y) {"
+        " i = Flatten(x) early = MatMul(i, w) y = MatMul(i, v) }",
+        **values,
+    )
+    image = torch.from_numpy(np.random.default_rng(3).normal(size=(16, 4, 1, 1)))
+    graph = TorchGraph(model.proto)
+    sites = place(model, graph.steps).weighted
+    found = measure_sensitivity(
+        Lockstep(graph, {}, {}, [image.float()]),
+        sites,
+        {site.weight: (2,) for site in sites.values()},
+        lambda site, bits: graph.constants[site.weight] * 1.25,
+        correct_biases=False,
+    )
+    assert [errors[2] for errors in found.values()] == pytest.approx([0.25, 0.25])
+
+
 def replace_initializer(proto, name, values):
     (tensor,) = (t for t in proto.graph.initializer if t.name == name)
     tensor.CopyFrom(numpy_helper.from_array(values, name))
