@@ -24,7 +24,12 @@ from graph_tools.torch_graph import Step
 from pipeline.quantize.lockstep import Batches, Lockstep
 from pipeline.quantize.placement import Weighted
 from pipeline.quantize.thresholds import Metric
-from pipeline.quantize.weights import input_exponent, quantize_bias, quantize_weight
+from pipeline.quantize.weights import (
+    bias_bits,
+    input_exponent,
+    quantize_bias,
+    quantize_weight,
+)
 
 __all__ = ["SecondMomentCorrection"]
 
@@ -84,6 +89,7 @@ class SecondMomentCorrection:
                 input_exponent(site, lockstep.tensors),
                 bits=old.quantizer.bits,
                 metric=self._metric,
+                bias_bits=bias_bits(site, lockstep.tensors),
             )
             self._recompute(lockstep, step, site, trial)
             current = _deviations(lockstep.rounded[site.output], site.channel_axis)

@@ -129,6 +129,20 @@ def test_second_moments_come_nearer_and_means_stay(
     assert any("second moments" in note for note in result.notes)
 
 
+def test_second_moments_give_biases_behind_16_bits_their_room(make_model, images):
+    """In 22 bits, such biases would need scales with which all weights are zero."""
+    model = prepare_for_quantization(
+        make_model(
+            "g (float[N,4,6,6] x) => (float[N,8,h,v] y) { y = Conv(x, w, b) }",
+            w=normal(8, 4, 3, 3),
+            b=np.full(8, 3e4, np.float32),
+        )
+    )
+    settings = QuantizeSettings(weights=2, activations=16, second_moment_correction=True)
+    notes = quantize(model, images, settings).notes
+    assert not any("corrected: 0 channels" in note for note in notes)
+
+
 def test_the_corrected_file_is_proven(two_layers, images, tmp_path):
     settings = QuantizeSettings(weights=4, second_moment_correction=True)
     plan = quantize(two_layers, images, settings).plan
