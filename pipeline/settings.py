@@ -116,8 +116,8 @@ class QuantizeSettings:
     target_size: str = ""
     """Size of all weights, as a share of their size at 8 bits (0.6x) or in bytes (500kB): each
     layer gets 8, 4, 3 or 2 bits by how much its rounding disturbs the outputs, in place of
-    --weights; layers that --bits names keep theirs. Packed integers count; biases and scales do
-    not."""
+    --weights; layers that --bits or the academic scheme names keep theirs. Packed integers count;
+    biases and scales do not."""
     threshold: Literal["mse", "mae", "kl", "no-clipping"] = "mse"
     """Error that the power-of-two threshold search minimizes."""
     weight_scale: Literal["pot", "free"] = "pot"

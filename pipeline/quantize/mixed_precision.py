@@ -136,7 +136,7 @@ def choose_mixed(
             f"{target} is {budget:,} bytes of packed weights, and the least possible is "
             f"{least:,} bytes ({least / size_w8:.3f}x)",
             where="--target-size",
-            hint="ask for more, or for fewer bits where --bits names layers",
+            hint="ask for more, or for fewer bits where --bits or the academic scheme names layers",
         )
     errors = measure_sensitivity(
         lockstep,
