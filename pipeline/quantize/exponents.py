@@ -22,7 +22,8 @@ from pipeline.quantize.simulate import simulate
 
 __all__ = ["learn_exponents", "output_difference"]
 
-_BATCHES = 2  # of images that judge
+_BATCHES = 2  # of images that judge, at least
+_IMAGES = 32  # likewise
 _GAIN = 0.01  # share of the difference by which it has to fall
 
 Values = Mapping[str, torch.Tensor]
@@ -48,7 +49,8 @@ def learn_exponents(
     """
     graph = lockstep.graph
     with torch.no_grad():
-        images = lockstep.exact[graph.input_names[0]][:_BATCHES]
+        count = max(_BATCHES, math.ceil(_IMAGES / lockstep.sizes[0]))
+        images = lockstep.exact[graph.input_names[0]][:count]
         wanted = [graph(batch) for batch in images]
     groups = dict(_groups(lockstep, linked))
     outputs: dict[str, Batches] = {}  # the lockstep frees those that no operator reads

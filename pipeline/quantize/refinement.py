@@ -32,7 +32,7 @@ DEFAULT_ITERATIONS = 100
 
 
 class Refinement:
-    """Learned roundings, learned exponents, corrections, in this order.
+    """Learned roundings, learned exponents, corrections.
 
     Args:
         model: the network.
@@ -69,17 +69,22 @@ class Refinement:
             seed: of what is drawn while roundings are learned.
             on_step: called as (done, total, terms), from the start for each part.
         """
-        learned = settings.rounding != "nearest"
-        if learned:
+        exponents = settings.learn_exponents
+        if settings.rounding != "nearest":
             yield self._learn_roundings(settings, seed, on_step)
-        if settings.learn_exponents or (
-            settings.learn_exponents is None and settings.rounding == "brecq"
-        ):
+            if exponents or (exponents is None and settings.rounding == "brecq"):
+                yield self._learn_exponents(on_step)
+            return
+        if exponents:
+            list(self._correct(settings, on_step))  # errors of biases are not theirs to mend
             yield self._learn_exponents(on_step)
-        if not learned and settings.bias_correction == "analytic":
+        yield from self._correct(settings, on_step)
+
+    def _correct(self, settings: QuantizeSettings, on_step: OnStep | None) -> Iterator[str]:
+        if settings.bias_correction == "analytic":
             yield self._correct_analytically()
-        elif not learned and settings.bias_correction == "empirical":
-            yield from self._correct(settings, on_step)
+        elif settings.bias_correction == "empirical":
+            yield from self._correct_empirically(settings, on_step)
 
     def _side_by_side(self, *, spill: bool = False) -> Lockstep:
         return Lockstep(
@@ -146,7 +151,9 @@ class Refinement:
         )
         return "biases corrected by the means of the float network's inputs"
 
-    def _correct(self, settings: QuantizeSettings, on_step: OnStep | None) -> Iterator[str]:
+    def _correct_empirically(
+        self, settings: QuantizeSettings, on_step: OnStep | None
+    ) -> Iterator[str]:
         lockstep = self._side_by_side()
         rescale = (
             SecondMomentCorrection(self._values, settings.threshold)
