@@ -139,9 +139,9 @@ class QuantizeSettings:
     qdrop: float = 0.5
     """With adaround and brecq: share of a layer's or block's inner activations that stay
     unquantized while its weights are learned, 0..1."""
-    learn_exponents: bool | None = None
+    learn_exponents: bool = False
     """Learn the scale exponents of the activations: those one up or down with which the outputs of
-    the network are nearer to the float network's are taken. By default with brecq only."""
+    the network are nearer to the float network's are taken."""
     zero_point: Literal["auto", "zero"] = "auto"
     """auto: signed tensors that several operators read are stored as uint8 around 128, the form
     for which onnxruntime has integer kernels; zero: int8, zero point 0, everywhere."""

@@ -69,13 +69,12 @@ class Refinement:
             seed: of what is drawn while roundings are learned.
             on_step: called as (done, total, terms), from the start for each part.
         """
-        exponents = settings.learn_exponents
         if settings.rounding != "nearest":
             yield self._learn_roundings(settings, seed, on_step)
-            if exponents or (exponents is None and settings.rounding == "brecq"):
+            if settings.learn_exponents:
                 yield self._learn_exponents(on_step)
             return
-        if exponents:
+        if settings.learn_exponents:
             list(self._correct(settings, on_step))  # errors of biases are not theirs to mend
             yield self._learn_exponents(on_step)
         yield from self._correct(settings, on_step)

@@ -104,20 +104,9 @@ def test_outputs_that_are_computed_early_count_to_the_end(make_model):
     assert tensors == best
 
 
-def test_difference_of_classes_is_that_of_their_probabilities():
-    p = np.array([0.7, 0.2, 0.1])
-    q = np.array([0.2, 0.5, 0.3])
-    exact = {"y": torch.tensor(np.log(p) + 3)[None], "z": torch.tensor([[1.0], [3.0]])}
-    found = {"y": torch.tensor(np.log(q) - 1)[None], "z": torch.tensor([[1.0], [4.0]])}
-    divergence = float((p * np.log(p / q)).sum())
-    assert output_difference(exact, {"y": found["y"]}) == pytest.approx(divergence)
-    assert output_difference(exact, {"z": found["z"]}) == pytest.approx(0.5)  # 0.5 / var 1
-    assert output_difference(exact, found) == pytest.approx(divergence + 0.5)
-    broken = replace_value(found["y"], np.nan)
-    assert output_difference(exact, {"y": broken}) == np.inf
-
-
-def replace_value(value, number):
-    changed = value.clone()
-    changed[0, 0] = number
-    return changed
+def test_difference_is_the_squared_error_in_units_of_the_variance():
+    exact = {"y": torch.tensor([[0.0, 2.0]]), "z": torch.tensor([[10.0], [30.0]])}
+    found = {"y": torch.tensor([[0.0, 3.0]]), "z": torch.tensor([[10.0], [40.0]])}
+    assert output_difference(exact, {"y": found["y"]}) == pytest.approx(0.5)
+    assert output_difference(exact, found) == pytest.approx(1.0)
+    assert output_difference(exact, {"y": found["y"] * np.nan}) == np.inf
