@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto
 
-from pipeline.verify.quantized_graph import QuantizedGraph, attribute
+from graph_tools.quantized_graph import QuantizedGraph, attribute
 from pipeline.verify.scales import is_power_of_two
 
 __all__ = ["Accumulator", "measure_accumulators"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
-from pipeline.verify.quantized_graph import QuantizedGraph
+from graph_tools.quantized_graph import QuantizedGraph
 
 __all__ = ["End", "cut_at"]
 

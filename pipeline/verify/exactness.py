@@ -23,6 +23,7 @@ import numpy.typing as npt
 import onnx
 
 from graph_tools.errors import DataError, ModelError, VerificationError
+from graph_tools.quantized_graph import QuantizedGraph
 from graph_tools.reading import read_proto
 from graph_tools.saving import loadable
 from pipeline.images import ImageSet
@@ -42,7 +43,6 @@ from pipeline.verify.findings import (
 from pipeline.verify.kernels import Kernels, name_nodes, read_kernels
 from pipeline.verify.localize import first_difference
 from pipeline.verify.proof import Proof, TensorProof
-from pipeline.verify.quantized_graph import QuantizedGraph
 from pipeline.verify.scales import check_scales
 from pipeline.verify.stepwise import compare_stepwise
 

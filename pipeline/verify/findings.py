@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from onnx import NodeProto
 
+from graph_tools.quantized_graph import QuantizedGraph
 from pipeline.verify.accumulators import Accumulator
 from pipeline.verify.cpu import read_cpu
 from pipeline.verify.proof import Saturation, TensorProof
-from pipeline.verify.quantized_graph import QuantizedGraph
 from pipeline.verify.scales import ScaleCheck
 
 __all__ = [

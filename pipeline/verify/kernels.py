@@ -14,7 +14,7 @@ from typing import Any
 import onnx
 from onnx import NodeProto
 
-from pipeline.verify.quantized_graph import QuantizedGraph
+from graph_tools.quantized_graph import QuantizedGraph
 from pipeline.verify.reasons import HAS_INTEGER_KERNEL, float_reason
 
 __all__ = ["Kernels", "NodeKernel", "name_nodes", "read_kernels"]

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto
 
+from graph_tools.quantized_graph import QuantizedGraph
 from graph_tools.saving import loadable
 from pipeline.verify.compilers import onnxruntime as ort
 from pipeline.verify.cut import cut_at
-from pipeline.verify.quantized_graph import QuantizedGraph
 
 __all__ = ["Parting", "first_difference"]
 

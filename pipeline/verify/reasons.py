@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import NodeProto
 
-from pipeline.verify.quantized_graph import QuantizedGraph
+from graph_tools.quantized_graph import QuantizedGraph
 from pipeline.verify.scales import bias_fits
 
 __all__ = ["HAS_INTEGER_KERNEL", "float_reason"]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto
 
-from pipeline.verify.quantized_graph import QuantizedGraph
+from graph_tools.quantized_graph import QuantizedGraph
 
 __all__ = ["ScaleCheck", "bias_fits", "check_scales", "is_power_of_two"]
 

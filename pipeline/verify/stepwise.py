@@ -20,9 +20,9 @@ import numpy.typing as npt
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
+from graph_tools.quantized_graph import QuantizedGraph
 from graph_tools.saving import loadable
 from pipeline.verify.compilers import onnxruntime as ort
-from pipeline.verify.quantized_graph import QuantizedGraph
 
 __all__ = ["Stepwise", "compare_stepwise"]
 

@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from graph_tools.errors import DataError, SettingsError, VerificationError
+from graph_tools.quantized_graph import QuantizedGraph
 from pipeline.images import ImageSet, ImageWriter, open_images
 from pipeline.settings import VerifySettings
 from pipeline.verify import Proof, verify
@@ -21,7 +22,6 @@ from pipeline.verify.accumulators import measure_accumulators
 from pipeline.verify.compilers import onnxruntime as compiler
 from pipeline.verify.cpu import read_cpu
 from pipeline.verify.differences import DifferenceMeter
-from pipeline.verify.quantized_graph import QuantizedGraph
 from pipeline.verify.scales import is_power_of_two
 from tests.pipeline.qdq_builder import QdqBuilder, residual_network
 
