@@ -11,6 +11,7 @@
     |- DataError                      images, folders, archives
     |- GenerationError                diverged or non-finite
     |- TargetError                    what a runtime or chip cannot take
+    |- IntegerOverflowError           a sum that 32 bits do not hold
     '- VerificationError              the file could not be checked at all
 
 The command line prints ``str(error)`` as one line and exits with 2.
@@ -22,6 +23,7 @@ __all__ = [
     "DataError",
     "DynamicShapeError",
     "GenerationError",
+    "IntegerOverflowError",
     "ModelError",
     "NoBatchNormError",
     "SettingsError",
@@ -103,6 +105,10 @@ class GenerationError(ZsqError):
 
 class TargetError(ZsqError):
     """A runtime or chip cannot take the model."""
+
+
+class IntegerOverflowError(ZsqError):
+    """An integer computation does not fit into its accumulator; it was not wrapped."""
 
 
 class VerificationError(ZsqError):
