@@ -15,10 +15,17 @@ from pipeline.cli import main
 
 def quantized(source: Path, folder: Path, *options: str) -> tuple[onnx.ModelProto, np.ndarray]:
     target = folder / "q.onnx"
-    code = main(
-        ["quantize", str(source), "-o", str(target), "--method", "noise", "--num-images", "4"]
-        + ["--verify-images", "1", "--threads", "1", "--quiet", *options]
+    quick = (
+        "--method",
+        "noise",
+        "--num-images",
+        "4",
+        "--verify-images",
+        "1",
+        "--threads",
+        "1",
     )
+    code = main(["quantize", str(source), "-o", str(target), "--quiet", *quick, *options])
     assert code == 0
     return onnx.load(target), np.load(folder / "q" / "images.npz")["images"]
 
