@@ -55,11 +55,11 @@ class Fixed:
 
     def moved(self, move: Callable[[Integers], Integers]) -> Fixed:
         """The tensor with its elements moved; ``move`` takes and returns an array."""
-        rest = {
-            name: values if values.ndim == 0 else move(np.broadcast_to(values, self.shape))
-            for name, values in (("exponent", self.exponent), ("divisor", self.divisor))
-        }
-        return replace(self, mantissa=move(self.mantissa), **rest)
+        exponent, divisor = (
+            values if values.ndim == 0 else move(np.broadcast_to(values, self.shape))
+            for values in (self.exponent, self.divisor)
+        )
+        return replace(self, mantissa=move(self.mantissa), exponent=exponent, divisor=divisor)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -218,13 +218,14 @@ def _nearest(
         at = index * np.float32(size - 1) / np.float32(max(new - 1, 1))
     else:
         raise ValueError(f"a Resize by {transformation}")
-    rounded = {
-        "floor": np.floor,
-        "ceil": np.ceil,
-        "round_prefer_floor": lambda x: np.ceil(x - half),
-        "round_prefer_ceil": lambda x: np.floor(x + half),
-    }[rounding](at)
-    return np.clip(rounded, 0, size - 1).astype(np.int64)
+    rounded: Array
+    if rounding in {"floor", "round_prefer_ceil"}:
+        rounded = np.floor(at if rounding == "floor" else at + half)
+    elif rounding in {"ceil", "round_prefer_floor"}:
+        rounded = np.ceil(at if rounding == "ceil" else at - half)
+    else:
+        raise ValueError(f"a Resize that rounds by {rounding}")
+    return np.asarray(np.clip(rounded, 0, size - 1), np.int64)
 
 
 def _identity(node: NodeProto, constants: _Constants) -> list[Move]:

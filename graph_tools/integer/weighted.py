@@ -93,16 +93,20 @@ def convolve_transposed(
     kernels = weight.mantissa.reshape(groups, x.shape[1] // groups, outer, -1)
     for index, offsets in enumerate(np.ndindex(*windows.kernel)):
         part = _product(np.moveaxis(kernels[..., index], 1, 2)[None], data)
-        place = tuple(
+        place: tuple[slice, ...] = tuple(
             slice(offset * dilation, offset * dilation + (size - 1) * stride + 1, stride)
             for offset, dilation, size, stride in zip(
                 offsets, windows.dilations, x.shape[2:], windows.strides, strict=True
             )
         )
-        total[(..., *place)] += part.reshape(count, groups, outer, *x.shape[2:])
+        total[(slice(None), slice(None), slice(None), *place)] += part.reshape(
+            count, groups, outer, *x.shape[2:]
+        )
     begins, ends = windows.pads[:axes], windows.pads[axes:]
-    inside = tuple(slice(b, size - e) for b, e, size in zip(begins, ends, full, strict=True))
-    cut = np.ascontiguousarray(total[(..., *inside)])
+    inside: tuple[slice, ...] = tuple(
+        slice(b, size - e) for b, e, size in zip(begins, ends, full, strict=True)
+    )
+    cut = np.ascontiguousarray(total[(slice(None), slice(None), slice(None), *inside)])
     return Fixed(
         mantissa=cut.reshape(count, groups * outer, *cut.shape[3:]), exponent=exponent
     )
@@ -125,10 +129,8 @@ def matrix_product(first: Fixed, second: Fixed) -> Fixed:
             and (axis == -1 or value.mantissa.ndim == 1)
         ):
             raise ValueError("the scales vary over an axis that is summed")
-    exponent = sum(_drop_summed(value) for value in (first, second))
-    return Fixed(
-        mantissa=_product(first.mantissa, second.mantissa), exponent=np.asarray(exponent)
-    )
+    exponent = _drop_summed(first) + _drop_summed(second)
+    return Fixed(mantissa=_product(first.mantissa, second.mantissa), exponent=exponent)
 
 
 def _drop_summed(value: Fixed) -> Integers:

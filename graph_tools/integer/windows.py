@@ -59,13 +59,13 @@ class Windows:
     def positions(self, padded: Integers, size: Sequence[int]) -> Iterator[Integers]:
         """For each place in the kernel, the elements under it in every window."""
         for offsets in itertools.product(*map(range, self.kernel)):
-            place = tuple(
+            place: tuple[slice, ...] = tuple(
                 slice(first := offset * dilation, first + (count - 1) * stride + 1, stride)
                 for offset, dilation, count, stride in zip(
                     offsets, self.dilations, size, self.strides, strict=True
                 )
             )
-            yield padded[(..., *place)]
+            yield padded[(*(slice(None),) * (padded.ndim - len(place)), *place)]
 
 
 def read_windows(
