@@ -88,12 +88,8 @@ def learn_by_slopes(
     for _ in range(STEPS):
         rows = torch.randint(len(images), (BATCH,), generator=generator)
         name = graph.input_names[0]
-        values = {name: quantize(name, images[rows])}
-        for step in graph.steps:
-            given = {n: values[n] for n in step.inputs if n in values}
-            given.update((n, constants[n]) for n in step.inputs if n in constants)
-            made = zip(step.outputs, graph.run_step(step, given), strict=False)
-            values.update((n, quantize(n, value)) for n, value in made)
+        start = {name: quantize(name, images[rows])}
+        values = graph.run_steps(graph.steps, start, constants=constants, hook=quantize)
         found = values[graph.output_names[0]].log_softmax(dim=1)
         loss = (wanted[rows].exp() * (wanted[rows] - found)).sum(dim=1).mean()
         optimizer.zero_grad()

@@ -138,6 +138,33 @@ class TorchGraph(torch.nn.Module):
         """
         return self._run(self._by_output[step.outputs], values)
 
+    def run_steps(
+        self,
+        steps: Sequence[Step],
+        values: Mapping[str, torch.Tensor],
+        *,
+        constants: Mapping[str, torch.Tensor] | None = None,
+        hook: Hook | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Compute some nodes one after the other, and keep all that they make.
+
+        Args:
+            steps: some of ``steps``, in order.
+            values: what they read from others, by tensor name.
+            constants: replace those of the graph.
+            hook: called with name and value of each output; what it returns is used instead.
+
+        Returns:
+            ``values`` and the outputs of all the steps.
+        """
+        found, others = dict(values), constants or {}
+        for step in steps:
+            given = {name: found[name] for name in step.inputs if name in found}
+            given.update((name, others[name]) for name in step.inputs if name in others)
+            for name, value in zip(step.outputs, self.run_step(step, given), strict=False):
+                found[name] = value if hook is None else hook(name, value)
+        return found
+
     def _advance(
         self, item: Prepared, values: dict[str, torch.Tensor], hook: Hook | None
     ) -> None:

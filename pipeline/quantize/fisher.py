@@ -36,11 +36,7 @@ def output_sensitivity(
         values = {name: batches[index] for name, batches in lockstep.exact.items()}
         leaves = {name: values[name].detach().requires_grad_() for name in tensors}
         values.update(leaves)
-        for step in lockstep.pending:
-            given = {name: values[name] for name in step.inputs if name in values}
-            values.update(
-                zip(step.outputs, lockstep.graph.run_step(step, given), strict=False)
-            )
+        values = lockstep.graph.run_steps(lockstep.pending, values)
         outputs = [values[n] for n in lockstep.graph.output_names if n in values]
         reached = [_log_likelihood(v, generator) for v in outputs if v.requires_grad]
         if not reached:

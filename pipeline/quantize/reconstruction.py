@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from graph_tools.blocks import Block
-from graph_tools.quantizer import QuantizedConstant, TensorQuantizer
+from graph_tools.quantizer import QuantizedConstant
 from pipeline.quantize.fisher import output_sensitivity
 from pipeline.quantize.lockstep import Lockstep
 from pipeline.quantize.placement import Weighted
@@ -33,7 +33,6 @@ from pipeline.quantize.weights import input_exponent, quantize_bias
 __all__ = ["Learned", "Reconstruction", "reconstruct", "tensors_by_image"]
 
 Tensors = Mapping[str, torch.Tensor]
-Quantizers = Mapping[str, TensorQuantizer]
 
 _BATCH = 32  # images in a step
 _FEWEST = 8  # of large ones
@@ -291,19 +290,14 @@ class _Task:
         return torch.stack(errors).sum() / len(samples)
 
     def _run(self, inputs: Tensors, constants: Tensors, drop: float) -> Tensors:
-        values = dict(inputs)
-        for step in self.block.steps:
-            given = {n: values[n] for n in step.inputs if n in values}
-            given.update((n, constants[n]) for n in step.inputs if n in constants)
-            for name, value in zip(
-                step.outputs, self.graph.run_step(step, given), strict=False
-            ):
-                values[name] = (
-                    soft_quantize(value, self.inner[name], drop, self.generator)
-                    if name in self.inner
-                    else value
-                )
-        return values
+        def quantize(name: str, value: torch.Tensor) -> torch.Tensor:
+            if name not in self.inner:
+                return value
+            return soft_quantize(value, self.inner[name], drop, self.generator)
+
+        return self.graph.run_steps(
+            self.block.steps, inputs, constants=constants, hook=quantize
+        )
 
 
 def _mute_undefined(parameters: Iterable[torch.Tensor]) -> None:

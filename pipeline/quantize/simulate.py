@@ -47,10 +47,8 @@ def simulate(
     Returns:
         ``values`` and all that the steps make.
     """
-    found = dict(values)
-    for step in steps:
-        given = {name: found[name] for name in step.inputs if name in found}
-        given.update((name, constants[name]) for name in step.inputs if name in constants)
-        for name, value in zip(step.outputs, graph.run_step(step, given), strict=False):
-            found[name] = fake_quantize(value, tensors[name]) if name in tensors else value
-    return found
+
+    def quantize(name: str, value: torch.Tensor) -> torch.Tensor:
+        return fake_quantize(value, tensors[name]) if name in tensors else value
+
+    return graph.run_steps(steps, values, constants=constants, hook=quantize)
