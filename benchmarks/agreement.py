@@ -30,7 +30,7 @@ from pipeline.evaluate.datasets import open_dataset
 from pipeline.evaluate.sessions import open_session
 from pipeline.images import open_images
 from pipeline.quantize import quantize
-from pipeline.quantize.simulate import fake_quantize, simulate
+from pipeline.quantize.simulate import simulate_plan
 from pipeline.settings import QuantizeSettings
 
 ROUNDING = {"W8A8": "nearest", "W4A8": "adaround", "W4A4": "brecq"}
@@ -47,8 +47,6 @@ def run_cell(name: str, scheme: str, images: str, folder: Path) -> Cell:
     )
     result = quantize(network, open_images(folder / f"{name}.{images}.0.npz"), settings)
     plan, graph = result.plan, TorchGraph(result.model.proto)
-    constants = {n: torch.from_numpy(c.values) for n, c in plan.constants.items()}
-    source, output = graph.input_names[0], graph.output_names[0]
     found = {"images": 0, "other_predictions": 0, "elements": 0, "other_elements": 0}
     with tempfile.TemporaryDirectory() as work:
         path = Path(work) / "q.onnx"
@@ -57,9 +55,8 @@ def run_cell(name: str, scheme: str, images: str, folder: Path) -> Cell:
         test = open_dataset(accuracy.SHARED / "data" / case.test)
         for batch, _ in test.batches(session.input, case.preprocessing, 50):
             written = session.scores(batch)
-            start = {source: fake_quantize(torch.from_numpy(batch), plan.tensors[source])}
-            values = simulate(graph, graph.steps, start, plan.tensors, constants)
-            simulated = values[output].numpy().reshape(len(batch), -1)
+            values = simulate_plan(graph, plan, torch.from_numpy(batch))
+            simulated = values[graph.output_names[0]].numpy().reshape(len(batch), -1)
             predictions = written.argmax(axis=1) != simulated.argmax(axis=1)
             found["images"] += len(batch)
             found["other_predictions"] += int(np.sum(predictions))

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from graph_tools.quantizer import TensorQuantizer
+from graph_tools.quantizer import Plan, TensorQuantizer
 from graph_tools.torch_graph import Step, TorchGraph
 
-__all__ = ["fake_quantize", "simulate"]
+__all__ = ["fake_quantize", "simulate", "simulate_plan"]
 
 
 def fake_quantize(value: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
@@ -52,3 +52,21 @@ def simulate(
         return fake_quantize(value, tensors[name]) if name in tensors else value
 
     return graph.run_steps(steps, values, constants=constants, hook=quantize)
+
+
+def simulate_plan(
+    graph: TorchGraph, plan: Plan, images: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Compute all tensors of the network that a plan describes.
+
+    Args:
+        graph: the float network that the plan is for.
+        plan: its quantizers and integers.
+        images: [n, ...], in the model's own layout and normalization.
+    """
+    source = graph.input_names[0]
+    start = fake_quantize(images, plan.tensors[source]) if source in plan.tensors else images
+    constants = {
+        name: torch.from_numpy(constant.values) for name, constant in plan.constants.items()
+    }
+    return simulate(graph, graph.steps, {source: start}, plan.tensors, constants)

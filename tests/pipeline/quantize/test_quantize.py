@@ -17,7 +17,7 @@ from graph_tools.torch_graph import TorchGraph
 from pipeline.images import ImageWriter, open_images
 from pipeline.quantize import quantize
 from pipeline.quantize.observe import observe
-from pipeline.quantize.simulate import fake_quantize
+from pipeline.quantize.simulate import simulate_plan
 from pipeline.settings import QuantizeSettings, VerifySettings
 from pipeline.verify import verify
 
@@ -62,17 +62,7 @@ def sqnr(model, plan, images):
 def test_written_file_equals_the_torch_simulation(small, images, run_onnx):
     plan = quantize(small, images, QuantizeSettings()).plan
     graph = TorchGraph(small.proto)
-    values = {"x": fake_quantize(torch.from_numpy(images.load()), plan.tensors["x"])}
-    for step in graph.steps:
-        inputs = {name: values[name] for name in step.inputs if name in values}
-        inputs |= {
-            name: torch.from_numpy(plan.constants[name].values)
-            for name in step.inputs
-            if name in plan.constants
-        }
-        for name, value in zip(step.outputs, graph.run_step(step, inputs), strict=True):
-            quantizer = plan.tensors.get(name)
-            values[name] = value if quantizer is None else fake_quantize(value, quantizer)
+    values = simulate_plan(graph, plan, torch.from_numpy(images.load()))
     (found,) = run_onnx(write_qdq(small, plan), images.load())
     assert np.array_equal(found, values["y"].numpy())  # scales are powers of two: exact
 
@@ -291,18 +281,7 @@ def residual(make_model):
 
 def simulate(model, plan, values):
     """The quantized network in torch, tensors without a quantizer in float."""
-    graph = TorchGraph(model.proto)
-    found = {"x": fake_quantize(torch.from_numpy(values), plan.tensors["x"])}
-    for step in graph.steps:
-        inputs = {name: found[name] for name in step.inputs if name in found}
-        inputs |= {
-            name: torch.from_numpy(plan.constants[name].values)
-            for name in step.inputs
-            if name in plan.constants
-        }
-        for name, value in zip(step.outputs, graph.run_step(step, inputs), strict=True):
-            quantizer = plan.tensors.get(name)
-            found[name] = value if quantizer is None else fake_quantize(value, quantizer)
+    found = simulate_plan(TorchGraph(model.proto), plan, torch.from_numpy(values))
     return found["y"].numpy()
 
 

@@ -17,7 +17,7 @@ from pipeline.images import ImageWriter, open_images
 from pipeline.quantize import quantize
 from pipeline.quantize.observe import Histogram
 from pipeline.quantize.shift_negative import choose_shift
-from pipeline.quantize.simulate import fake_quantize
+from pipeline.quantize.simulate import simulate_plan
 from pipeline.run import QuantizeJob, quantize_file
 from pipeline.settings import (
     GenerateSettings,
@@ -115,18 +115,7 @@ def test_the_shifted_tensor_has_less_error(swish, images, run_onnx, activations)
 def test_the_written_file_equals_the_torch_simulation(swish, images, run_onnx):
     result = quantize(swish, images, ON)
     model, plan = result.model, result.plan
-    values = {"x": fake_quantize(torch.from_numpy(images.load()), plan.tensors["x"])}
-    graph = TorchGraph(model.proto)
-    for step in graph.steps:
-        inputs = {name: values[name] for name in step.inputs if name in values}
-        inputs |= {
-            name: torch.from_numpy(plan.constants[name].values)
-            for name in step.inputs
-            if name in plan.constants
-        }
-        for name, value in zip(step.outputs, graph.run_step(step, inputs), strict=True):
-            quantizer = plan.tensors.get(name)
-            values[name] = value if quantizer is None else fake_quantize(value, quantizer)
+    values = simulate_plan(TorchGraph(model.proto), plan, torch.from_numpy(images.load()))
     (found,) = run_onnx(write_qdq(model, plan), images.load())
     steps = (found - values["y"].numpy()) / float(plan.tensors["y"].scale)
     # sigmoids of torch and onnxruntime differ in their last bits
