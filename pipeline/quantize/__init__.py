@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from pipeline.quantize.lockstep import Lockstep
 from pipeline.quantize.mixed_precision import NUM_IMAGES, MixedPrecision, choose_mixed
 from pipeline.quantize.observe import observe
 from pipeline.quantize.placement import Placement, place
-from pipeline.quantize.refinement import OnStep, Refinement
+from pipeline.quantize.refinement import OnStep, Refinement, without_terms
 from pipeline.quantize.shift_negative import shift_negatives
 from pipeline.quantize.widths import Widths, choose_widths
 from pipeline.settings import QuantizeSettings
@@ -35,6 +36,8 @@ from pipeline.settings import QuantizeSettings
 __all__ = ["Quantization", "quantize"]
 
 logger = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 _BATCH_BYTES = 16 * 2**20  # of one batch of images
 
@@ -114,7 +117,9 @@ def quantize(
         tensors[tensor] = tensors[root]
     values = initializers(model.proto)
     results = {step.name: step.outputs[0] for step in graph.steps}
-    mixed = _mixed(model, graph, placement, tensors, batches, widths, settings, on_step)
+    mixed = _mixed(
+        model, graph, placement, tensors, values, batches, widths, settings, on_step
+    )
     if mixed is None:
         notes.extend(_other_widths(widths, settings))
     else:
@@ -152,6 +157,7 @@ def _mixed(
     graph: TorchGraph,
     placement: Placement,
     tensors: Mapping[str, TensorQuantizer],
+    values: Mapping[str, Array],
     batches: Callable[[], Iterator[torch.Tensor]],
     widths: Widths,
     settings: QuantizeSettings,
@@ -161,7 +167,7 @@ def _mixed(
     target = settings.target()
     if target is None:
         return None
-    values, whole = initializers(model.proto), model.fixed_batch is not None
+    whole = model.fixed_batch is not None
     few = islice(batches(), -(-NUM_IMAGES // _batch_size(model)))
     return choose_mixed(
         Lockstep(graph, {}, {}, few, whole_batches=whole),
@@ -170,7 +176,7 @@ def _mixed(
         target,
         {node: widths.weights[node] for node in widths.named},
         correct_biases=settings.bias_correction != "none",
-        on_step=None if on_step is None else (lambda done, total: on_step(done, total, {})),
+        on_step=without_terms(on_step),
     )
 
 

@@ -22,7 +22,7 @@ from pipeline.quantize.reconstruction import Reconstruction, reconstruct
 from pipeline.quantize.second_moment import SecondMomentCorrection
 from pipeline.settings import QuantizeSettings
 
-__all__ = ["OnStep", "Refinement"]
+__all__ = ["OnStep", "Refinement", "without_terms"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 OnStep = Callable[[int, int, Mapping[str, float]], None]
@@ -131,7 +131,7 @@ class Refinement:
             self._side_by_side(),
             {**self._placement.shares, **dict(self._placement.activations.values())},
             fixed=self._placement.unit_range,
-            on_step=_without_terms(on_step),
+            on_step=without_terms(on_step),
         )
         absorb_activations(self._placement, self._tensors)
         self._quantize_biases()
@@ -166,7 +166,7 @@ class Refinement:
                 self._placement.weighted,
                 {site.bias: self._values[site.bias] for site in sites if site.bias},
                 rescale=rescale,
-                on_step=_without_terms(on_step),
+                on_step=without_terms(on_step),
             )
         )
         if rescale is not None:
@@ -174,5 +174,6 @@ class Refinement:
         yield f"biases corrected on {lockstep.num_images} images"
 
 
-def _without_terms(on_step: OnStep | None) -> Callable[[int, int], None] | None:
+def without_terms(on_step: OnStep | None) -> Callable[[int, int], None] | None:
+    """``on_step`` for parts that have no terms to show."""
     return None if on_step is None else lambda done, total: on_step(done, total, {})
