@@ -16,6 +16,7 @@ __all__ = [
     "average_to_global_pool",
     "batch_norm_to_convolution",
     "constant_affine_to_convolution",
+    "constant_operand",
     "drop_empty_pads",
     "fold_affine_into_weights",
     "fold_batch_norm_into_gemm",
@@ -69,7 +70,7 @@ def _constant(name: str, values: Array) -> gs.Constant:
     return gs.Constant(name, np.ascontiguousarray(values, dtype=np.float32))
 
 
-def _operand(node: gs.Node) -> tuple[gs.Variable, Array, bool] | None:
+def constant_operand(node: gs.Node) -> tuple[gs.Variable, Array, bool] | None:
     """(variable, constant, constant is on the right) of a binary node with one constant."""
     left, right = node.inputs
     if isinstance(right, gs.Constant) and not isinstance(left, gs.Constant):
@@ -102,7 +103,7 @@ def _affine(node: gs.Node, channels: int, rank: int, axis: int) -> tuple[Array, 
         return _batch_norm_affine(node)
     if node.op not in ("Add", "Sub", "Mul", "Div") or len(node.inputs) != 2:
         return None
-    found = _operand(node)
+    found = constant_operand(node)
     if found is None:
         return None
     _, values, on_right = found
@@ -300,7 +301,7 @@ def constant_affine_to_convolution(graph: gs.Graph) -> int:
     for node in list(graph.nodes):
         if node.op not in ("Add", "Sub", "Mul", "Div") or len(node.inputs) != 2:
             continue
-        found = _operand(node)
+        found = constant_operand(node)
         if found is None:
             continue
         x = found[0]
@@ -315,7 +316,7 @@ def constant_affine_to_convolution(graph: gs.Graph) -> int:
             following = _affine(after, channels, 4, 1)
             if following is None or rank_of(after.outputs[0]) != 4:
                 break
-            operand = _operand(after)
+            operand = constant_operand(after)
             vectors = vectors or (operand is not None and operand[1].size > 1)
             scale, shift = scale * following[0], shift * following[0] + following[1]
             chain.append(after)

@@ -19,7 +19,7 @@ import onnx_graphsurgeon as gs
 
 from graph_tools.model import Model, replace_proto
 from graph_tools.passes import unused_name
-from graph_tools.rewrites import is_weighted, rank_of
+from graph_tools.rewrites import constant_operand, is_weighted, rank_of
 from graph_tools.weights import import_graph
 
 __all__ = ["find_shiftable", "shift_tensors"]
@@ -144,13 +144,13 @@ def _scalar_operand(node: gs.Node) -> tuple[gs.Variable, float] | None:
     """(variable, constant) of arithmetic with a scalar; a constant is never divided."""
     if node.op not in _SCALAR_ARITHMETIC or len(node.inputs) != 2:
         return None
-    variables = [i for i in node.inputs if not isinstance(i, gs.Constant)]
-    constants = [i for i in node.inputs if isinstance(i, gs.Constant)]
-    if len(constants) != 1 or constants[0].values.size != 1:
+    found = constant_operand(node)
+    if found is None:
         return None
-    if node.op == "Div" and isinstance(node.inputs[0], gs.Constant):
+    variable, constant, on_right = found
+    if constant.size != 1 or (node.op == "Div" and not on_right):
         return None
-    return variables[0], float(constants[0].values.reshape(-1)[0])
+    return variable, float(constant.reshape(-1)[0])
 
 
 def _ancestors(tensor: gs.Variable) -> dict[int, str]:
