@@ -30,7 +30,7 @@ from pipeline.quantize.observe import observe
 from pipeline.quantize.placement import Placement, place
 from pipeline.quantize.refinement import OnStep, Refinement, without_terms
 from pipeline.quantize.shift_negative import shift_negatives
-from pipeline.quantize.widths import Widths, choose_widths
+from pipeline.quantize.widths import Widths, choose_widths, tensor_bits
 from pipeline.settings import QuantizeSettings
 
 __all__ = ["Quantization", "quantize"]
@@ -95,21 +95,14 @@ def quantize(
             yield torch.from_numpy(batch)
 
     notes: list[str] = []
-    shifted: dict[str, str] = {}
+    layout = _Layout.of(model, settings, {})
     if settings.shift_negative:
-        model, shifted = shift_negatives(model, batches, settings)
+        bits = tensor_bits(layout.placement, layout.widths)
+        model, shifted = shift_negatives(model, batches, bits, settings)
         notes.append(f"negative values shifted away: {len(shifted)} tensors")
-    tail = find_integer_tail(model.proto)
-    graph = TorchGraph(model.proto, outputs=tail.ends)
-    ending = replace(model, outputs=tail.ends)
-    placement = place(ending, graph.steps, scheme=settings.scheme, shifted=shifted)
-    if not placement.weighted:
-        raise ModelError(
-            "no convolution, Gemm or MatMul with constant weights",
-            where=str(model.source or "model"),
-            hint="there is nothing to quantize",
-        )
-    widths = choose_widths(placement, graph.steps, ending, settings)
+        layout = _Layout.of(model, settings, shifted)
+    tail, graph = layout.tail, layout.graph
+    placement, widths = layout.placement, layout.widths
     histograms = observe(graph, placement.roots, batches)
     tensors = activation_quantizers(placement, histograms, widths, settings, model.input.name)
     absorb_activations(placement, tensors)
@@ -150,6 +143,33 @@ def quantize(
     return Quantization(
         model=model, plan=plan, clipped_percent=clipped, notes=tuple(notes), mixed=mixed
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """What is quantized, and with how many bits, before any range is known."""
+
+    tail: IntegerTail
+    graph: TorchGraph
+    placement: Placement
+    widths: Widths
+
+    @classmethod
+    def of(
+        cls, model: Model, settings: QuantizeSettings, shifted: Mapping[str, str]
+    ) -> _Layout:
+        tail = find_integer_tail(model.proto)
+        graph = TorchGraph(model.proto, outputs=tail.ends)
+        ending = replace(model, outputs=tail.ends)
+        placement = place(ending, graph.steps, scheme=settings.scheme, shifted=shifted)
+        if not placement.weighted:
+            raise ModelError(
+                "no convolution, Gemm or MatMul with constant weights",
+                where=str(model.source or "model"),
+                hint="there is nothing to quantize",
+            )
+        widths = choose_widths(placement, graph.steps, ending, settings)
+        return cls(tail=tail, graph=graph, placement=placement, widths=widths)
 
 
 def _mixed(

@@ -27,7 +27,7 @@ integers like the others.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -108,6 +108,7 @@ class Placement:
         num_readers: how often operators read each tensor; being a graph output counts as one.
         float_nodes: what stays in float, and why.
         float_results: layers whose result stays in float, and why.
+        shifted: tensors that are shifted until they are not negative, with the shifted tensor.
     """
 
     roots: tuple[str, ...]
@@ -121,6 +122,7 @@ class Placement:
     num_readers: Mapping[str, int]
     float_nodes: tuple[FloatNode, ...]
     float_results: tuple[FloatNode, ...] = ()
+    shifted: Mapping[str, str] = field(default_factory=dict)
 
 
 def treatment(op_type: str) -> str:
@@ -382,6 +384,7 @@ class _Placer:
             },
             float_nodes=tuple(floats.values()),
             float_results=tuple(results.values()),
+            shifted=self.shifted,
         )
 
     def _shared_root(self, step: Step, root: Mapping[str, str]) -> str | None:

@@ -130,7 +130,7 @@ class Refinement:
         changes = learn_exponents(
             self._side_by_side(),
             {**self._placement.shares, **dict(self._placement.activations.values())},
-            fixed=self._placement.unit_range,
+            fixed=self._placement.unit_range | set(self._placement.shifted.values()),
             on_step=without_terms(on_step),
         )
         absorb_activations(self._placement, self._tensors)

@@ -9,7 +9,7 @@ minimum zero or more.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -24,31 +24,35 @@ __all__ = ["choose_shift", "shift_negatives"]
 
 
 def shift_negatives(
-    model: Model, batches: Callable[[], Iterable[torch.Tensor]], settings: QuantizeSettings
+    model: Model,
+    batches: Callable[[], Iterable[torch.Tensor]],
+    bits: Mapping[str, int],
+    settings: QuantizeSettings,
 ) -> tuple[Model, dict[str, str]]:
     """Shift the tensors of a network that gain by it.
 
     Args:
         model: prepared for quantization.
         batches: starts a new pass over the images, each batch ``[n, ...]`` in the model's layout.
-        settings: bits and threshold error.
+        bits: of the tensors that are quantized; others are not shifted.
+        settings: threshold error.
 
     Returns:
         The network, same values in float, and by name of a tensor that was shifted the name of
         the shifted one. The first is not to be quantized, or it would be rounded twice.
     """
-    names = find_shiftable(model)
+    names = tuple(name for name in find_shiftable(model) if name in bits)
     if not names:
         return model, {}
     histograms = observe(TorchGraph(model.proto, outputs=names), names, batches)
-    chosen = {name: choose_shift(histograms[name], settings) for name in names}
+    chosen = {name: choose_shift(histograms[name], bits[name], settings) for name in names}
     shifts = {name: shift for name, shift in chosen.items() if shift > 0}
     return shift_tensors(model, shifts) if shifts else (model, {})
 
 
-def choose_shift(histogram: Histogram, settings: QuantizeSettings) -> float:
-    """The shift of one tensor, 0 if a signed quantizer serves it better."""
-    bits, metric = settings.activations, settings.threshold
+def choose_shift(histogram: Histogram, bits: int, settings: QuantizeSettings) -> float:
+    """The shift of one tensor of ``bits`` bits, 0 if a signed quantizer serves it better."""
+    metric = settings.threshold
     if histogram.low >= 0:
         return 0.0
     centers = histogram.centers

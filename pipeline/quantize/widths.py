@@ -14,7 +14,8 @@ layers, what the first make, what the last read, and the image. A pattern is
   at the end of residual blocks; ``@into-last``: what the last layers read (A).
 
 Tensors that share a quantizer share its width, and so do layers that read the same weight: naming
-one is naming all. Constant operands have the width of the result.
+one is naming all. A tensor that is shifted (``--shift-negative``) keeps the name and the width that
+it has without. Constant operands have the width of the result.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from graph_tools.torch_graph import Step
 from pipeline.quantize.placement import Placement
 from pipeline.settings import QuantizeSettings
 
-__all__ = ["Widths", "choose_widths"]
+__all__ = ["Widths", "choose_widths", "tensor_bits"]
 
 _ACADEMIC = ("@input", "@first", "@into-last")  # activations of at least 8 bits
 
@@ -89,6 +90,13 @@ def choose_widths(
     return Widths(weights=weights, activations=activations, named=frozenset(named))
 
 
+def tensor_bits(placement: Placement, widths: Widths) -> dict[str, int]:
+    """Return the bits of every tensor that has a quantizer, its own or that of another."""
+    linked = {**placement.shares, **dict(placement.activations.values())}
+    bits = dict(widths.activations)
+    return bits | {name: bits[root] for name, root in linked.items() if root in bits}
+
+
 class _Names:
     """What patterns can name."""
 
@@ -99,6 +107,7 @@ class _Names:
             **placement.shares,
             **dict(placement.activations.values()),
         }
+        self._root |= {name: self._root.get(to, to) for name, to in placement.shifted.items()}
         self._made = {
             step.name: [self._root[name] for name in step.outputs if name in self._root]
             for step in steps

@@ -187,7 +187,7 @@ def test_a_tensor_is_shifted_exactly_where_that_has_the_smaller_error(lowest, bi
     histogram = Histogram(
         low=lowest, high=values.max(), centers=unique, counts=counts.astype(np.float64)
     )
-    shift = choose_shift(histogram, QuantizeSettings(activations=bits))
+    shift = choose_shift(histogram, bits, QuantizeSettings())
     scales = 2.0 ** np.arange(-20, 6)
     signed = min(error_of(values, s, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) for s in scales)
     unsigned = min(error_of(values - lowest, s, 0, 2**bits - 1) for s in scales)
@@ -196,3 +196,23 @@ def test_a_tensor_is_shifted_exactly_where_that_has_the_smaller_error(lowest, bi
         assert unsigned < 1.1 * signed  # the shift is rounded up after the search
     else:
         assert unsigned > 0.9 * signed
+
+
+def test_a_shift_is_chosen_for_the_bits_that_the_tensor_has(swish, images):
+    found, eight = (
+        quantize(swish, images, settings) for settings in (replace(ON, bits=("s=A4",)), ON)
+    )
+    narrow, wide = (result.plan.tensors["s.shifted"] for result in (found, eight))
+    assert (narrow.bits, wide.bits) == (4, 8)
+    shift = float(initializers(found.model.proto)["s.shift"])
+    assert shift % float(narrow.scale) == 0
+    assert narrow.exponent > wide.exponent
+
+
+def test_learned_exponents_leave_the_grid_of_a_shift(swish, images):
+    fixed = replace(ON, activations=4)
+    before, after = (
+        quantize(swish, images, settings).plan.tensors
+        for settings in (fixed, replace(fixed, learn_exponents=True))
+    )
+    assert after["s.shifted"] == before["s.shifted"]
