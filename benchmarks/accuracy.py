@@ -1,9 +1,9 @@
 """Top-1 of power-of-two files: networks x schemes x rounding x calibration images x seeds.
 
-The images: ``real`` training images, ``dgh`` and ``prior`` made by the tool, and noise of two
-kinds: ``noise`` is the tool's own (pixels around middle gray, in the model's input range),
-``normal`` is N(0, 1) in the model's input units, which flatters noise where the input is
-normalized to about that. ``float`` is the network itself.
+The images: ``real`` training images, ``dgh`` and ``prior`` made by the tool, ``dgh-noise`` likewise
+but started from noise, as published, and noise of two kinds: ``noise`` is the tool's own (pixels
+around middle gray, in the model's input range), ``normal`` is N(0, 1) in the model's input units,
+which flatters noise where the input is normalized to about that. ``float`` is the network itself.
 
 Run from the repository root; the real networks and images are expected in ../shared:
 
@@ -54,7 +54,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGENET = ("0.485", "0.456", "0.406"), ("0.229", "0.224", "0.225")
-IMAGES = ("real", "dgh", "noise", "normal", "prior")
+IMAGES = ("real", "dgh", "dgh-noise", "noise", "normal", "prior")
+DGH = {"dgh": "natural", "dgh-noise": "noise"}  # what they start from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,9 +183,12 @@ def quantized_cell(key: Key, settings: dict[str, Any], args: argparse.Namespace)
     settings = {**settings, "rounding": key.rounding}
     settings["weights"], settings["activations"] = bits_of(key.scheme)
     generation: dict[str, Any] = {"num_images": case.num_images, "seed": key.seed}
-    if key.images in ("dgh", "noise", "prior"):
+    if key.images in ("noise", "prior"):
         generation["method"] = key.images
-    steps = f"-{args.iterations}" if args.iterations and key.images in ("dgh", "prior") else ""
+    if key.images in DGH:
+        generation |= {"method": "dgh", "start": DGH[key.images]}
+    adapted = key.images in (*DGH, "prior")
+    steps = f"-{args.iterations}" if args.iterations and adapted else ""
     if steps:
         generation["iterations"] = args.iterations
     kept = None
@@ -251,7 +255,12 @@ def markdown(cells: dict[str, Cell]) -> str:
     for network, scheme in sorted(tops, key=lambda table: (table[0], *_fewest_last(table[1]))):
         rows = tops[network, scheme]
         used = {images for row in rows.values() for images in row}
-        columns = ["real", "dgh", "noise", *(i for i in ("normal", "prior") if i in used)]
+        columns = [
+            "real",
+            "dgh",
+            "noise",
+            *(i for i in ("dgh-noise", "normal", "prior") if i in used),
+        ]
         gaps = ["dgh - real", "dgh - noise", "dgh - float"]
         head = ["scheme, rounding", "float", *columns, *gaps, "seconds"]
         lines += ["", f"## {network}, {scheme}", "", _row(head), "|---" * len(head) + "|"]

@@ -53,8 +53,12 @@ class GenerateSettings:
     engine: Literal["torch", "ort"] = "torch"
     """What computes the network and its gradients: torch, or onnxruntime-training, which needs an
     environment of its own (`make ort`)."""
+    start: Literal["natural", "noise"] = "natural"
+    """What dgh starts from: synthetic images with the statistics of natural ones, whose
+    structure the images then keep; or Gaussian noise, as published."""
     learning_rate: float = 0.0
-    """RAdam's learning rate, in standardized pixel units; 0 chooses by method and iterations."""
+    """RAdam's learning rate, in standardized pixel units; 0 chooses by method, start and
+    iterations."""
     loss: Literal["code", "paper"] = "code"
     """Form of the statistics loss: that of DGH's published code, or the paper's equation 4."""
     std_weight: float = 10.0

@@ -115,15 +115,19 @@ class Job:
             heads=heads,
             last=len(self.sites) - 1,
         )
-        iterations = settings.iterations or default_iterations(height, width)
+        iterations = settings.iterations or default_iterations(height, width, settings.start)
         how = OptimizeSettings(
             iterations=iterations,
-            learning_rate=settings.learning_rate or default_learning_rate(iterations),
+            learning_rate=settings.learning_rate
+            or default_learning_rate(iterations, min(height, width), settings.start),
             output_weight=settings.output_weight,
             output_ratio=settings.output_ratio,
         )
+        source: Source = white_noise
+        if settings.start == "natural":
+            source = synthetic_source(self.preprocessing, channels)
         matches, history = self._optimize(
-            writer, self._network(heads), self._prior(), objective, how, on_step
+            writer, self._network(heads), self._prior(source=source), objective, how, on_step
         )
         return tuple(row for row in matches if row.node != PIXELS), history
 
