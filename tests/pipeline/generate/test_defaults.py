@@ -31,4 +31,4 @@ def test_images_that_start_natural_move_less_than_noise(side):
     steps = [default_iterations(side, side, start) for start in ("natural", "noise")]
     rates = [default_learning_rate(steps[0], side, start) for start in ("natural", "noise")]
     assert steps[0] <= steps[1]
-    assert rates[0] < rates[1] / 10
+    assert rates[0] < rates[1] / 4
