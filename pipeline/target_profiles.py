@@ -38,12 +38,14 @@ class Install:
         python: versions of Python that have its wheels, as in ``>=3.9,<3.13``; "" for any.
         needs: commands that must be on the path besides, such as java.
         note: a line for who installs it, such as its size.
+        no_deps: the requirements are all that is needed; pip adds nothing.
     """
 
     requirements: tuple[str, ...]
     python: str = ""
     needs: tuple[str, ...] = ()
     note: str = ""
+    no_deps: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +55,13 @@ class Check:
     Attributes:
         steps: largest difference from the integer interpreter that is no failure; 0: exact.
         cause: why it may differ, "" where it may not.
+        saturates: on x64 CPUs without VNNI its 8-bit kernels add pairs of products in 16 bits,
+            which saturate where weights take 8 bits: no difference is a failure there.
     """
 
     steps: int = 0
     cause: str = ""
+    saturates: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
