@@ -1,8 +1,8 @@
 """Compilers in virtual environments of their own, so that none touches the user's.
 
 An environment is a folder named like its target, below ``~/.cache/onnx-zsq/targets`` or below
-``$ZSQ_TARGETS``. It counts as installed once it holds ``installed.json``, which is written last: what
-an interrupted installation leaves behind is removed by the next.
+``$ZSQ_TARGETS``. It counts as installed once it holds ``installed.json``, which is written last:
+what an interrupted installation leaves behind is removed by the next.
 """
 
 from __future__ import annotations

@@ -57,11 +57,13 @@ class Check:
         cause: why it may differ, "" where it may not.
         saturates: on x64 CPUs without VNNI its 8-bit kernels add pairs of products in 16 bits,
             which saturate where weights take 8 bits: no difference is a failure there.
+        opset: newest that it reads; the copy that it gets says so. 0: any.
     """
 
     steps: int = 0
     cause: str = ""
     saturates: bool = False
+    opset: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

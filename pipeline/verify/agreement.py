@@ -242,11 +242,10 @@ def compare_targets(
             rows.append(measure_target(engine, reference, check, at_risk=at_risk))
     if on_step is not None:
         on_step(len(engines), len(engines), {})
-    runs, batch = reference.images.shape[:2]
     return Agreement(
         model=str(path),
         images=min(settings.max_images, images.count),
-        batch=batch,
+        batch=reference.images.shape[1],
         rows=tuple(rows),
         tensors=tuple(w.name for piece in reference.pieces for w in piece.wanted),
         float_nodes=reference.float_nodes,
@@ -348,6 +347,7 @@ def _engines(
         script=RUNNERS / f"{profile.name}.py",
         timeout=settings.timeout,
         threads=settings.threads,
+        opset=check.opset,
     )
     return [(profile.name, engine, check)]
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from graph_tools.opset import opset_version
 from graph_tools.saving import save
 from pipeline.verify.compilers.engine import Ran, Refusal
 
@@ -38,6 +39,7 @@ class ProcessEngine:
         script: what `runners/host.py` loads.
         timeout: seconds for one request.
         threads: for the compiled model; 0 lets the compiler choose.
+        opset: newest that it reads; 0: any.
     """
 
     name: str
@@ -46,6 +48,7 @@ class ProcessEngine:
     script: Path
     timeout: float
     threads: int = 0
+    opset: int = 0
 
     def run(self, proto: onnx.ModelProto, images: npt.NDArray[np.float32]) -> Ran:
         """Compile and run a model.
@@ -59,7 +62,7 @@ class ProcessEngine:
         """
         with tempfile.TemporaryDirectory(prefix="zsq-") as name:
             folder = Path(name)
-            save(proto, folder / "model.onnx")
+            save(_relabelled(proto, self.opset), folder / "model.onnx")
             np.save(folder / "images.npy", images)
             request = {
                 "model": str(folder / "model.onnx"),
@@ -104,6 +107,23 @@ class ProcessEngine:
             with contextlib.suppress(ValueError):
                 return f"was killed by {signal.Signals(-code).name}"
         return _last_words(folder / "log.txt", code) if code else None
+
+
+def _relabelled(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """Say an older opset, if all operators are in it with the attributes they have."""
+    version = opset_version(proto)
+    if not opset or version <= opset:
+        return proto
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    del copy.opset_import[:]
+    copy.opset_import.append(onnx.helper.make_opsetid("", opset))
+    try:
+        onnx.checker.check_model(copy)
+    except (onnx.checker.ValidationError, ValueError) as error:
+        said = f"reads opset {opset}, this is {version}: {str(error).splitlines()[0]}"
+        raise Refusal(said[:300], compiled=False) from error
+    return copy
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

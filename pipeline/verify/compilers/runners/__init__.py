@@ -6,7 +6,7 @@ writes the result into that folder. A script has four functions::
     def version() -> str
     def compile(model: str, folder: str) -> Any          # the .onnx file; a folder to work in
     def run(compiled: Any, batch: np.ndarray) -> list[np.ndarray]   # in the graph's order
-    def integer_kernels(compiled: Any) -> tuple[int, int] | None    # weighted operators; of how many
+    def integer_kernels(compiled: Any) -> tuple[int, int] | None    # of weighted operators
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Runs one compiler for one request: ``python -I host.py SCRIPT FOLDER``.
 
 FOLDER/request.json: ``model`` (an .onnx file), ``images`` (an .npy file, [runs, batch, ...]
-float32). It writes FOLDER/result.json: ``version``, ``stage`` (import, compile, run or done), ``error``
-(one line, "" if there was none), ``outputs`` (files of [runs, ...] arrays, in the graph's order),
+float32). It writes FOLDER/result.json: ``version``, ``stage`` (import, compile, run or done),
+``error`` (one line, "" if there was none), ``outputs`` (files of [runs, ...] arrays, in order),
 ``integer_kernels`` ([integer, all] weighted operators, or null), ``compile_seconds`` and
 ``run_seconds`` (a run each). The file is written anew at every stage, so that a crash leaves the
 stage that it happened in.
@@ -68,11 +68,18 @@ def main(script: str, folder: str) -> None:
         except Exception:  # what cannot be found out is unknown
             result["integer_kernels"] = None
     except BaseException as error:  # compilers raise what they like, SystemExit too
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        result["error"] = text if len(text) <= 300 else text[:297] + "..."
+        result["error"] = _one_line(error)
         reach(result["stage"])
         return
     reach("done")
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if any(line.startswith("Traceback") for line in lines):
+        lines = lines[-1:]  # what was wrapped
+    text = " ".join(" ".join([f"{type(error).__name__}:", *lines]).split())
+    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def _load(script: str) -> Any:
