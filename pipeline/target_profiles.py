@@ -53,16 +53,20 @@ class Check:
     """What the proof may expect of a target.
 
     Attributes:
-        steps: largest difference from the integer interpreter that is no failure; 0: exact.
+        steps: largest difference from the integer interpreter that is no failure; 0: exact; -1:
+            any, its arithmetic is another one.
         cause: why it may differ, "" where it may not.
         saturates: on x64 CPUs without VNNI its 8-bit kernels add pairs of products in 16 bits,
             which saturate where weights take 8 bits: no difference is a failure there.
+        fuses_add: it fuses a convolution with the Add behind it, and then does not round where
+            the quantizer between them would: no difference is a failure where there is one.
         opset: newest that it reads; the copy that it gets says so. 0: any.
     """
 
     steps: int = 0
     cause: str = ""
     saturates: bool = False
+    fuses_add: bool = False
     opset: int = 0
 
 

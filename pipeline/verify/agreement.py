@@ -43,6 +43,7 @@ OnTarget = Callable[[int, int, Mapping[str, float]], None]
 
 _TRACED = 2  # runs on which the first difference is looked for
 _SATURATION = "saturation: x64 without VNNI adds pairs of products in 16 bits"
+_FUSED_ADD = "it fuses convolutions with the Add behind them and skips the rounding in between"
 _MODES: tuple[ort.Mode, ...] = ("unoptimized", "optimized", "default")
 
 
@@ -231,7 +232,6 @@ def compare_targets(
     ]
     reference = _reference(path, images, settings.max_images)
     interpreted = time.perf_counter() - started
-    at_risk = any(entry.may_saturate for entry in measure_accumulators(reference.graph))
     rows = []
     for done, (name, engine, check) in enumerate(engines):
         if on_step is not None:
@@ -239,7 +239,7 @@ def compare_targets(
         if isinstance(engine, str):
             rows.append(TargetRow(target=name, skipped=engine))
         else:
-            rows.append(measure_target(engine, reference, check, at_risk=at_risk))
+            rows.append(measure_target(engine, reference, check))
     if on_step is not None:
         on_step(len(engines), len(engines), {})
     return Agreement(
@@ -254,23 +254,20 @@ def compare_targets(
     )
 
 
-def measure_target(
-    engine: Engine, reference: Reference, check: Check, *, at_risk: bool
-) -> TargetRow:
+def measure_target(engine: Engine, reference: Reference, check: Check) -> TargetRow:
     """Run one target on all pieces of a file.
 
     Args:
         engine: the target.
         reference: what the file must give.
         check: what the target's profile allows.
-        at_risk: the file's weights could saturate.
     """
-    saturates = check.saturates and at_risk and read_cpu().vnni is not True
+    causes = _causes(check, reference.graph)
     row: dict[str, Any] = {
         "target": engine.name,
         "version": engine.version,
-        "allowed_steps": None if saturates else check.steps,
-        "cause": _SATURATION if saturates else check.cause,
+        "allowed_steps": None if causes or check.steps < 0 else check.steps,
+        "cause": "; ".join(causes) or check.cause,
     }
     elements = differing = 0
     largest = 0.0
@@ -297,6 +294,42 @@ def measure_target(
     return TargetRow(
         **row, elements=elements, differing=differing, largest_steps=largest, first=first
     )
+
+
+def _causes(check: Check, graph: QuantizedGraph) -> list[str]:
+    """What a target is known to do otherwise on such a file and this CPU."""
+    causes = []
+    if check.fuses_add and has_rounded_branch(graph):
+        causes.append(_FUSED_ADD)
+    at_risk = check.saturates and read_cpu().vnni is not True
+    if at_risk and any(entry.may_saturate for entry in measure_accumulators(graph)):
+        causes.append(_SATURATION)
+    return causes
+
+
+def has_rounded_branch(graph: QuantizedGraph) -> bool:
+    """Whether an Add reads what a convolution gave, quantized in between."""
+    for node in graph.nodes:
+        for name in node.input if node.op_type == "Add" else ():
+            reader = graph.producers.get(name)
+            if (
+                reader is None
+                or reader.op_type != "DequantizeLinear"
+                or graph.is_weight(reader)
+            ):
+                continue
+            quantizer = graph.quantizer_of(reader)
+            maker = graph.producers.get(quantizer.input[0]) if quantizer is not None else None
+            while maker is not None and maker.op_type in ("Relu", "Clip"):
+                maker = graph.producers.get(maker.input[0])
+            if maker is not None and maker.op_type in (
+                "Conv",
+                "ConvTranspose",
+                "Gemm",
+                "MatMul",
+            ):
+                return True
+    return False
 
 
 def _facts(ran: Ran, batch: int) -> dict[str, Any]:
