@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import tyro
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from graph_tools.errors import SettingsError, ZsqError
@@ -625,7 +626,11 @@ def _print_targets(targets: Sequence[Mapping[str, Any]]) -> None:
 
 def _print_agreement(agreement: Agreement) -> None:
     table = Table(
-        "target", "version", "compiled", "ran", "differing", "steps", "integer", "ms/image", ""
+        Column("target", no_wrap=True),
+        *("version", "compiled", "ran", "differing", "steps", "integer", "ms/image"),
+        Column(no_wrap=True),
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     for row in agreement.rows:
         tried = not row.skipped

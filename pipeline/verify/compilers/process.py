@@ -69,7 +69,11 @@ class ProcessEngine:
                 "images": str(folder / "images.npy"),
             }
             (folder / "request.json").write_text(json.dumps(request))
-            ended = self._serve(folder)
+            try:
+                ended = self._serve(folder)
+            except OSError as error:
+                said = f"cannot be started: {error.strerror or error}"
+                raise Refusal(said, compiled=False) from error
             result = _read(folder / "result.json")
             stage = str(result.get("stage", "import"))
             compiled = stage in ("run", "done")

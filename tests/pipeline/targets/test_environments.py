@@ -107,7 +107,9 @@ def test_what_cannot_be_installed_says_why(folder, target, message):
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("ZSQ_TARGETS", str(tmp_path / "file"))
-    with pytest.raises(TargetError, match=r"cannot be installed.*ZSQ_TARGETS|nothing was left"):
+    with pytest.raises(
+        TargetError, match=r"cannot be installed.*ZSQ_TARGETS|nothing was left"
+    ):
         install_environment(profile("zsqfake==1"))
 
 

@@ -60,7 +60,7 @@ def main(script: str, folder: str) -> None:
             result["run_seconds"].append(time.perf_counter() - started)
         for index, values in enumerate(zip(*runs)):  # noqa: B905 (Python 3.9)
             path = os.path.join(folder, f"output{index}.npy")
-            np.save(path, np.stack(values))
+            np.save(path, np.stack(values), allow_pickle=False)
             result["outputs"].append(path)
         try:
             kernels = runner.integer_kernels(compiled)
