@@ -8,11 +8,13 @@ import numpy as np
 import onnx
 import pytest
 
+from graph_tools.quantized_graph import QuantizedGraph
 from pipeline.environments import find_environment, how_to_get
 from pipeline.target_profiles import load_profile
 from pipeline.verify.agreement import measure_target
 from pipeline.verify.compilers.onnxruntime_engine import OnnxruntimeEngine
 from pipeline.verify.compilers.process import RUNNERS, ProcessEngine
+from pipeline.verify.cut import cut_at
 from pipeline.verify.reference import Reference, static_copy
 from tests.pipeline.qdq_builder import QdqBuilder, residual_network
 
@@ -142,11 +144,12 @@ def test_openvino_skips_the_rounding_between_a_convolution_and_its_add(compiler)
 
 
 def test_rknn_gives_signed_tensors_scales_of_its_own(compiler):
-    """rknn-toolkit2 2.5.0: an int8 tensor of scale s comes back in steps of 128/127 s."""
+    """rknn-toolkit2 2.5.0: an int8 input of scale s is taken in steps of 128/127 s."""
     g = QdqBuilder((3, 16, 16))
-    g.weighted("Conv", g.image, "c1", (8, 3, 3, 3), pads=[1] * 4)
-    g.quantize("c1", -3, np.int8, output="features")
-    proto = static_copy(g.model({"features": 4}), 1)
-    found = compiler("rknn").run(proto, images()).outputs[0]
-    steps = np.unique(np.abs(found[found != 0])) / 2.0**-3
-    assert steps.min() == pytest.approx(128 / 127, rel=1e-3)
+    g.weighted("Conv", g.image, "c1", (16, 3, 3, 3), pads=[1] * 4)
+    g.quantize(g.node("Relu", ["c1"], "r1"), -3, output="features")
+    whole = QuantizedGraph(static_copy(g.model({"features": 4}), 1))
+    cut = static_copy(cut_at(whole, ("image_q",))[0], 1)
+    found = compiler("rknn").run(cut, images()).outputs[0]
+    steps = np.unique(np.abs(found[found != 0])) / 2.0**-5
+    np.testing.assert_allclose(steps, np.rint(steps * 127 / 128) * 128 / 127, rtol=1e-3)

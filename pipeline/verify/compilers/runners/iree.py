@@ -34,6 +34,7 @@ def compile(model: str, folder: str) -> Any:
         imported,
         "--iree-hal-target-backends=llvm-cpu",
         "--iree-llvmcpu-target-cpu=host",
+        "--iree-llvmcpu-stack-allocation-limit=1048576",
         f"--dump-compilation-phases-to={phases}",
         "-o",
         binary,
