@@ -249,11 +249,17 @@ class Verify:
             parse_targets(self.targets)  # a wrong name is said before anything runs
         agreement = None
         with _progress(self.common) as progress:
-            given = {"seed": self.seed, "on_progress": progress}
-            proof = verify_file(self.model, self.images, settings, **given)
+            proof = verify_file(
+                self.model, self.images, settings, seed=self.seed, on_progress=progress
+            )
             if self.targets:
                 agreement = compare_file(
-                    self.model, self.images, settings, self.targets, **given
+                    self.model,
+                    self.images,
+                    settings,
+                    self.targets,
+                    seed=self.seed,
+                    on_progress=progress,
                 )
         facts = proof.to_dict()
         if not _silent(self.common):

@@ -283,7 +283,7 @@ def measure_target(engine: Engine, reference: Reference, check: Check) -> Target
                 elements += far.size
                 differing += int(np.count_nonzero(far))
                 largest = max(largest, float(far.max(initial=0.0)))
-                wrong.append(far.any(axis=1))
+                wrong.append(np.asarray(far.any(axis=1)))
     except Refusal as refusal:
         reached = {"compiled": refusal.compiled, "ran": False, "refused": refusal.what}
         return TargetRow(**(row | reached))
