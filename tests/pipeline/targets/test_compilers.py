@@ -10,7 +10,7 @@ import pytest
 
 from graph_tools.quantized_graph import QuantizedGraph
 from pipeline.environments import find_environment, how_to_get
-from pipeline.target_profiles import load_profile
+from pipeline.target_profiles import Check, load_profile
 from pipeline.verify.agreement import measure_target
 from pipeline.verify.compilers.onnxruntime_engine import OnnxruntimeEngine
 from pipeline.verify.compilers.process import RUNNERS, ProcessEngine
@@ -61,6 +61,21 @@ def test_these_are_exact(compiler, name, tail):
     )
     assert (row.verdict, row.refused) == ("exact", "")
     assert row.integer_kernels is not None
+
+
+def test_iree_refuses_one_window_of_a_strided_depthwise_convolution(compiler):
+    """IREE 3.13.0: 5x5, stride 2, on 2x2 padded to 6x6; the one window leaves a row over."""
+    g = QdqBuilder((8, 2, 2))
+    attributes = {"pads": [2] * 4, "strides": [2, 2], "group": 8}
+    g.weighted("Conv", g.image, "c1", (8, 1, 5, 5), **attributes)
+    g.quantize("c1", -3, np.int8, output="features")
+    proto = static_copy(g.model({"features": 4}), 1)
+    given = np.zeros((1, 1, 8, 2, 2), np.float32)
+    row = measure_target(compiler("iree"), Reference.measure(proto, given), Check())
+    assert (row.verdict, row.compiled) == ("refused", False)
+    assert "to be 6, but found 5" in row.refused
+    exact = measure_target(compiler("tvm"), Reference.measure(proto, given), Check())
+    assert exact.verdict == "exact"
 
 
 def plain_network(bits: int) -> onnx.ModelProto:
