@@ -128,7 +128,12 @@ def _entry(row: dict[str, Any]) -> str:
         return row["verdict"]
     if not row["differing"]:
         return "0"
-    return f"{100 * row['share']:.2g} %, {row['largest_steps']:.3g}"
+    share = 100 * row["share"]
+    return (
+        f"{share:.0f} %, {row['largest_steps']:.3g}"
+        if share >= 1
+        else f"{share:.2g} %, {row['largest_steps']:.3g}"
+    )
 
 
 def table(cells: dict[str, Cell]) -> str:
