@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import tyro
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from graph_tools.errors import SettingsError, ZsqError
@@ -34,6 +35,8 @@ from pipeline.settings import (
 
 if TYPE_CHECKING:
     from graph_tools.model import Model
+    from pipeline.target_profiles import TargetProfile
+    from pipeline.verify.agreement import Agreement
 
 __all__ = ["main"]
 
@@ -225,23 +228,83 @@ class Verify:
     """Images to run; by default those beside the model, else Gaussian noise."""
     max_images: int = 500
     """Most images to run."""
+    targets: str = ""
+    """Compilers that the file is run on, too, and compared with the integer interpreter: all, or
+    names with commas between them (zsq targets list)."""
+    timeout: float = 900.0
+    """Seconds that a compiler gets to compile and run the file."""
     seed: int = 0
     """Seed of the noise."""
     common: CommonSettings = field(default_factory=CommonSettings)
 
     def run(self) -> tuple[int, dict[str, Any]]:
         """Run and compare."""
-        from pipeline.run import verify_file
+        from pipeline.run import compare_file, verify_file
+        from pipeline.verify.agreement import parse_targets
 
-        settings = VerifySettings(max_images=self.max_images, threads=self.common.threads)
+        settings = VerifySettings(
+            max_images=self.max_images, threads=self.common.threads, timeout=self.timeout
+        )
+        if self.targets:
+            parse_targets(self.targets)  # a wrong name is said before anything runs
+        agreement = None
         with _progress(self.common) as progress:
             proof = verify_file(
                 self.model, self.images, settings, seed=self.seed, on_progress=progress
             )
+            if self.targets:
+                agreement = compare_file(
+                    self.model,
+                    self.images,
+                    settings,
+                    self.targets,
+                    seed=self.seed,
+                    on_progress=progress,
+                )
+        facts = proof.to_dict()
         if not _silent(self.common):
             for line in proof.summary_lines():
                 _stdout.print(line)
-        return 0 if proof.passed else 1, proof.to_dict()
+        if agreement is None:
+            return 0 if proof.passed else 1, facts
+        facts["targets"] = agreement.to_dict()
+        if not _silent(self.common):
+            _print_agreement(agreement)
+        return 0 if proof.passed and agreement.passed else 1, facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """List the compilers and chips that files are for, or install their compilers."""
+
+    action: tyro.conf.Positional[Literal["list", "install"]]
+    """list: name, title, version; install: make the environments of the named ones."""
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Targets; for list, none means all."""
+    force: bool = False
+    """Make the environment anew if there is one."""
+    common: CommonSettings = field(default_factory=CommonSettings)
+
+    def run(self) -> tuple[int, dict[str, Any]]:
+        """List or install."""
+        from pipeline.environments import environments_folder, install_environment
+        from pipeline.target_profiles import load_profile, profile_names
+
+        if self.action == "install" and not self.names:
+            raise SettingsError("names no target", where="install", hint="zsq targets list")
+        profiles = [load_profile(name) for name in self.names or profile_names()]
+        if self.action == "install":
+            for profile in profiles:
+                with _status(self.common, profile.name) as on_line:
+                    made = install_environment(profile, force=self.force, on_line=on_line)
+                if not _silent(self.common):
+                    _stdout.print(
+                        f"{profile.name} {made.version}: {made.folder}", markup=False
+                    )
+        facts = [_describe_target(profile) for profile in profiles]
+        if self.action == "list" and not _silent(self.common):
+            _print_targets(facts)
+        return 0, {"folder": str(environments_folder()), "targets": facts}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +363,7 @@ class Evaluate:
         return 0, facts
 
 
-Command = Inspect | Expose | Generate | Quantize | Verify | Evaluate
+Command = Inspect | Expose | Generate | Quantize | Verify | Evaluate | Targets
 _COMMANDS: dict[str, Callable[..., object]] = {
     "inspect": Inspect,
     "expose": Expose,
@@ -308,6 +371,7 @@ _COMMANDS: dict[str, Callable[..., object]] = {
     "quantize": Quantize,
     "verify": Verify,
     "evaluate": Evaluate,
+    "targets": Targets,
 }
 
 
@@ -446,6 +510,16 @@ def _progress(
         yield update
 
 
+@contextlib.contextmanager
+def _status(common: CommonSettings, name: str) -> Iterator[Callable[[str], None]]:
+    """What an installation is at, in one line on stderr; silent when quiet."""
+    if common.quiet or not _stderr.is_terminal:
+        yield lambda line: None
+        return
+    with _stderr.status(f"{name}: making the environment") as status:
+        yield lambda line: status.update(Text(f"{name}: {line}"[: _stderr.width - 4]))
+
+
 def _words(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_words(item)}" for key, item in value.items())
@@ -525,6 +599,74 @@ def _print_result(report: Mapping[str, Any]) -> None:
     said = (report["generation"] or {}).get("warnings", [])  # on stderr
     for warning in [one for one in report["warnings"] if one not in said]:
         _stdout.print(f"warning: {warning}", markup=False)
+
+
+def _describe_target(profile: TargetProfile) -> dict[str, Any]:
+    from pipeline.environments import find_environment, how_to_get
+
+    environment = find_environment(profile)
+    install = profile.install
+    return {
+        "name": profile.name,
+        "title": profile.title,
+        "requirements": list(install.requirements) if install else [],
+        "needs": list(install.needs) if install else [],
+        "runs": profile.verify is not None,
+        "version": environment.version if environment else None,
+        "outdated": environment is not None and environment.outdated,
+        "folder": str(environment.folder) if environment else None,
+        "install": how_to_get(profile),
+    }
+
+
+def _print_targets(targets: Sequence[Mapping[str, Any]]) -> None:
+    table = Table("target", "what it is", "verify", "installed")
+    for target in targets:
+        said = target["version"] or target["install"]
+        if target["outdated"]:
+            said += f", outdated: `zsq targets install {target['name']}`"
+        words = target["name"], target["title"], "yes" if target["runs"] else "-", said
+        table.add_row(*(Text(word, overflow="fold") for word in words))
+    _stdout.print(table)
+
+
+def _print_agreement(agreement: Agreement) -> None:
+    table = Table(
+        Column("target", no_wrap=True),
+        *("version", "compiled", "ran", "differing", "steps", "integer", "ms/image"),
+        Column(no_wrap=True),
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for row in agreement.rows:
+        tried = not row.skipped
+        kernels, seconds = row.integer_kernels, row.seconds_per_image
+        table.add_row(
+            row.target,
+            row.version or "-",
+            ("yes" if row.compiled else "no") if tried else "-",
+            ("yes" if row.ran else "no") if tried else "-",
+            f"{100 * row.share:.3g} %" if row.ran else "-",
+            f"{row.largest_steps:g}" if row.ran else "-",
+            "?" if kernels is None else f"{kernels[0]}/{kernels[1]}",
+            "-" if seconds is None else f"{1000 * seconds:.3g}",
+            row.verdict,
+        )
+    _stdout.print(table)
+    for row in agreement.rows:
+        if note := row.note():
+            _stdout.print(f"{row.target}: {note}", markup=False)
+    if agreement.float_nodes:
+        _stdout.print(
+            f"in float in the interpreter, too: {', '.join(agreement.float_nodes)}",
+            markup=False,
+        )
+    ran = [row for row in agreement.rows if row.ran]
+    exact = sum(not row.differing for row in ran)
+    _stdout.print(
+        f"{'PASSED' if agreement.passed else 'FAILED'}: {exact} of {len(ran)} runs give the "
+        f"interpreter's integers, {agreement.images} images"
+    )
 
 
 if __name__ == "__main__":

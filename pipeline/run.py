@@ -40,12 +40,14 @@ from pipeline.settings import (
     VerifySettings,
 )
 from pipeline.verify import verify
+from pipeline.verify.agreement import Agreement, compare_targets
 from pipeline.verify.proof import Proof
 
 __all__ = [
     "OnProgress",
     "QuantizeJob",
     "Result",
+    "compare_file",
     "copy_dataset",
     "default_output",
     "evaluate_files",
@@ -265,8 +267,52 @@ def verify_file(
         ZsqError: the file or the images cannot be used.
     """
     progress = on_progress or (lambda stage, done, total, terms: None)
-    session = open_session(path)
-    shape, count = session.input.shape, settings.max_images
+    with _images_for(path, images, settings.max_images, seed) as chosen:
+        return verify(
+            path,
+            chosen,
+            settings,
+            on_step=lambda done, total, terms: progress("verify", done, total, terms),
+        )
+
+
+def compare_file(
+    path: Path,
+    images: Path | None,
+    settings: VerifySettings,
+    targets: str,
+    *,
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
+) -> Agreement:
+    """Run a quantized file on compilers and compare with the integer interpreter.
+
+    Args:
+        path: the file.
+        images: as in `verify_file`.
+        settings: how many images, threads, seconds for each compiler.
+        targets: ``all`` or names with commas between them.
+        seed: of the noise.
+        on_progress: called as (stage, done, total, terms).
+
+    Raises:
+        ZsqError: the file, the images or a target cannot be used.
+    """
+    progress = on_progress or (lambda stage, done, total, terms: None)
+    with _images_for(path, images, settings.max_images, seed) as chosen:
+        return compare_targets(
+            path,
+            chosen,
+            settings,
+            targets,
+            on_step=lambda done, total, terms: progress("targets", done, total, terms),
+        )
+
+
+@contextmanager
+def _images_for(path: Path, images: Path | None, count: int, seed: int) -> Iterator[ImageSet]:
+    """The images given, those beside the file, or noise."""
+    shape = open_session(path).input.shape
     beside = path.with_suffix("") / "images.npz"
     with tempfile.TemporaryDirectory() as folder:
         if images is None and not beside.is_file():
@@ -275,15 +321,9 @@ def verify_file(
             with ImageWriter(noise, count=count, shape=shape) as writer:
                 for _ in range(count):
                     writer.append(generator.standard_normal((1, *shape), dtype=np.float32))
-            chosen = open_images(noise, shape=shape)
+            yield open_images(noise, shape=shape)
         else:
-            chosen = open_images(images or beside, shape=shape)
-        return verify(
-            path,
-            chosen,
-            settings,
-            on_step=lambda done, total, terms: progress("verify", done, total, terms),
-        )
+            yield open_images(images or beside, shape=shape)
 
 
 def evaluate_files(

@@ -275,9 +275,12 @@ class VerifySettings:
     """Images to compare."""
     threads: int = 0
     """onnxruntime threads; 0 lets it choose."""
+    timeout: float = 900.0
+    """Seconds that another compiler gets to compile and run the file."""
 
     def __post_init__(self) -> None:
         _require(self.max_images > 0, "max_images", self.max_images, "a positive number")
+        _require(self.timeout > 0, "timeout", self.timeout, "a positive number")
         _require(self.threads >= 0, "threads", self.threads, "0 or more")
 
 

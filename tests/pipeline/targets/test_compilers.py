@@ -1,0 +1,170 @@
+"""Real compilers: what they compute exactly, and a minimal file for each known exception."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import pytest
+
+from graph_tools.quantized_graph import QuantizedGraph
+from pipeline.environments import find_environment, how_to_get
+from pipeline.target_profiles import Check, load_profile
+from pipeline.verify.agreement import measure_target
+from pipeline.verify.compilers.onnxruntime_engine import OnnxruntimeEngine
+from pipeline.verify.compilers.process import RUNNERS, ProcessEngine
+from pipeline.verify.cut import cut_at
+from pipeline.verify.reference import Reference, static_copy
+from tests.pipeline.qdq_builder import QdqBuilder, residual_network
+
+pytestmark = pytest.mark.slow
+Compiler = Callable[[str], ProcessEngine]
+
+
+@pytest.fixture
+def compiler(monkeypatch) -> Compiler:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def start(name: str) -> ProcessEngine:
+        profile = load_profile(name)
+        environment = find_environment(profile)
+        if environment is None:
+            pytest.skip(f"{name} is not installed: {how_to_get(profile)}")
+        return ProcessEngine(
+            name=name,
+            version=environment.version,
+            python=environment.python,
+            script=RUNNERS / f"{name}.py",
+            timeout=300,
+            threads=1,
+            opset=profile.verify.opset,
+        )
+
+    return start
+
+
+def images(count: int = 4) -> np.ndarray:
+    rng = np.random.default_rng(3)
+    return rng.normal(size=(count, 1, 3, 16, 16)).astype(np.float32)
+
+
+def reference(proto: onnx.ModelProto) -> Reference:
+    return Reference.measure(static_copy(proto, 1), images())
+
+
+@pytest.mark.parametrize("name", ["iree", "tvm"])
+@pytest.mark.parametrize("tail", ["integer", "float"])
+def test_these_are_exact(compiler, name, tail):
+    row = measure_target(
+        compiler(name), reference(residual_network(tail=tail)), load_profile(name).verify
+    )
+    assert (row.verdict, row.refused) == ("exact", "")
+    assert row.integer_kernels is not None
+
+
+def test_iree_refuses_one_window_of_a_strided_depthwise_convolution(compiler):
+    """IREE 3.13.0: 5x5, stride 2, on 2x2 padded to 6x6; the one window leaves a row over."""
+    g = QdqBuilder((8, 2, 2))
+    attributes = {"pads": [2] * 4, "strides": [2, 2], "group": 8}
+    g.weighted("Conv", g.image, "c1", (8, 1, 5, 5), **attributes)
+    g.quantize("c1", -3, np.int8, output="features")
+    proto = static_copy(g.model({"features": 4}), 1)
+    given = np.zeros((1, 1, 8, 2, 2), np.float32)
+    row = measure_target(compiler("iree"), Reference.measure(proto, given), Check())
+    assert (row.verdict, row.compiled) == ("refused", False)
+    assert "to be 6, but found 5" in row.refused
+    exact = measure_target(compiler("tvm"), Reference.measure(proto, given), Check())
+    assert exact.verdict == "exact"
+
+
+def plain_network(bits: int) -> onnx.ModelProto:
+    """Convolutions in a row, nothing for a compiler to fuse wrongly."""
+    g = QdqBuilder((3, 16, 16))
+    top = 2 ** (bits - 1) - 1
+    draw = np.random.default_rng(1).integers
+    first = draw(-top, top + 1, (16, 3, 3, 3)).astype(np.int8)
+    second = np.where(draw(0, 2, (16, 16, 3, 3)) > 0, top, -top // 4).astype(np.int8)
+    g.weighted("Conv", g.image, "c1", first.shape, weight=first, pads=[1] * 4)
+    r1 = g.quantize(g.node("Relu", ["c1"], "r1"), -6)
+    g.weighted("Conv", r1, "c2", second.shape, weight=second, exponent=-9, pads=[1] * 4)
+    g.quantize(g.node("Relu", ["c2"], "r2"), -3, output="features")
+    return g.model({"features": 4})
+
+
+def test_openvino_is_exact_on_plain_convolutions_with_7_bit_weights(compiler):
+    engine = compiler("openvino")
+    row = measure_target(engine, reference(plain_network(7)), load_profile("openvino").verify)
+    assert row.verdict == "exact"
+    assert row.integer_kernels == (2, 2)
+
+
+@pytest.mark.parametrize(("bits", "saturates"), [(8, True), (7, False)])
+def test_openvino_saturates_with_8_bit_weights_where_there_is_no_vnni(
+    compiler, monkeypatch, bits, saturates
+):
+    """Two products of up to 255 * 127 are added in 16 bits; with 7 bits they fit."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    row = measure_target(
+        compiler("openvino"), reference(plain_network(bits)), load_profile("openvino").verify
+    )
+    assert bool(row.differing) is saturates
+
+
+def without_rounding(proto: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
+    """Leave out the quantizer of a tensor."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    kept = [
+        n for n in copy.graph.node if n.op_type != "QuantizeLinear" or n.input[0] != tensor
+    ]
+    for node in kept:
+        if node.op_type == "DequantizeLinear" and node.input[0] == f"{tensor}_q":
+            node.op_type = "Identity"
+            del node.input[:]
+            node.input.append(tensor)
+    del copy.graph.node[:]
+    copy.graph.node.extend(kept)
+    used = {name for node in kept for name in node.input}
+    constants = [entry for entry in copy.graph.initializer if entry.name in used]
+    del copy.graph.initializer[:]
+    copy.graph.initializer.extend(constants)
+    return copy
+
+
+def residual_block() -> onnx.ModelProto:
+    g = QdqBuilder((3, 16, 16))
+    g.weighted("Conv", g.image, "c0", (16, 3, 3, 3), pads=[1] * 4)
+    r0 = g.quantize(g.node("Relu", ["c0"], "r0"), -5)
+    g.weighted("Conv", r0, "c1", (16, 16, 3, 3), pads=[1] * 4)
+    r1 = g.quantize(g.node("Relu", ["c1"], "r1"), -4)
+    small = g.rng.integers(-63, 64, (16, 16, 3, 3)).astype(np.int8)
+    g.weighted("Conv", r1, "c2", small.shape, weight=small, exponent=-10, pads=[1] * 4)
+    c2 = g.quantize("c2", -4, np.int8)
+    g.quantize(g.node("Relu", [g.node("Add", [c2, r0], "a")], "r2"), -4, output="sum")
+    return g.model({"sum": 4})
+
+
+def test_openvino_skips_the_rounding_between_a_convolution_and_its_add(compiler):
+    """OpenVINO 2026.4.1: Conv, FakeQuantize and Add become one kernel, which adds unrounded."""
+    engine = compiler("openvino")
+    row = measure_target(engine, reference(residual_block()), load_profile("openvino").verify)
+    assert row.differing
+    assert row.first.op_type == "Relu"
+    assert "skips the rounding" in row.cause
+    found = engine.run(static_copy(residual_block(), 1), images()).outputs[0]
+    unrounded = static_copy(without_rounding(residual_block(), "c2"), 1)
+    expected = OnnxruntimeEngine(mode="unoptimized", threads=1).run(unrounded, images())
+    np.testing.assert_array_equal(found, expected.outputs[0])
+
+
+def test_rknn_gives_signed_tensors_scales_of_its_own(compiler):
+    """rknn-toolkit2 2.5.0: an int8 input of scale s is taken in steps of 128/127 s."""
+    g = QdqBuilder((3, 16, 16))
+    g.weighted("Conv", g.image, "c1", (16, 3, 3, 3), pads=[1] * 4)
+    g.quantize(g.node("Relu", ["c1"], "r1"), -3, output="features")
+    whole = QuantizedGraph(static_copy(g.model({"features": 4}), 1))
+    cut = static_copy(cut_at(whole, ("image_q",))[0], 1)
+    found = compiler("rknn").run(cut, images()).outputs[0]
+    steps = np.unique(np.abs(found[found != 0])) / 2.0**-5
+    np.testing.assert_allclose(steps, np.rint(steps * 127 / 128) * 128 / 127, rtol=1e-3)
