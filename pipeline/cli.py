@@ -182,6 +182,9 @@ class Quantize:
     """Labelled images: the report then has the accuracy before and after."""
     verify_images: int = 500
     """Most images that the proof runs on."""
+    target: str = "onnxruntime"
+    """Compiler or chip that the file is for: its rules choose what else would be chosen by flags
+    (README, Targets)."""
     quantization: QuantizeSettings = field(default_factory=QuantizeSettings)
     generation: GenerateSettings = field(default_factory=GenerateSettings)
     input: InputSettings = field(default_factory=InputSettings)
@@ -205,6 +208,7 @@ class Quantize:
                 max_images=self.verify_images, threads=self.common.threads
             ),
             threads=self.common.threads,
+            target=self.target,
         )
         with _progress(self.common) as progress:
             result = quantize_file(job, on_progress=progress)

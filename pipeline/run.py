@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ from pipeline.settings import (
     QuantizeSettings,
     VerifySettings,
 )
+from pipeline.target_profiles import load_profile
+from pipeline.target_rules import in_form, not_taken, settings_for, with_batch
 from pipeline.verify import verify
 from pipeline.verify.agreement import Agreement, compare_targets
 from pipeline.verify.proof import Proof
@@ -77,6 +79,7 @@ class QuantizeJob:
         bn_from: weights and statistics of the same network, for BatchNormalization that was
             folded away.
         evaluate_data: labelled images; the report then has the accuracy before and after.
+        target: name of the compiler or chip that the file is for.
     """
 
     model: Path
@@ -90,6 +93,7 @@ class QuantizeJob:
     bn_from: Path | None = None
     evaluate_data: Path | None = None
     threads: int = 0
+    target: str = "onnxruntime"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +135,8 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
         torch.set_num_threads(job.threads)
     if job.output.resolve() == job.model.resolve():
         raise SettingsError("the output is the input", where=str(job.output))
+    profile = load_profile(job.target)
+    job = replace(job, quantization=settings_for(profile, job.quantization))
     progress = on_progress or (lambda stage, done, total, terms: None)
     clock = _Clock()
     with _output_folder(job.output) as work:
@@ -162,12 +168,12 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
             written = work / job.output.name
             properties = metadata(model, job, preprocessing, generated)
             proto = write_qdq(
-                network,
+                with_batch(profile, network),
                 quantization.plan,
                 metadata=properties,
                 container=job.quantization.container,
             )
-            save(proto, written)
+            save(in_form(profile, proto), written)
             quantization.plan.save(work / "plan.json")
         with clock("verify"):
             proof = verify(
@@ -191,6 +197,9 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
                 quantization=quantization,
                 proof=proof,
                 accuracies=accuracies,
+                target_warnings=tuple(
+                    not_taken(profile, network, tuple(quantization.plan.absorbed))
+                ),
             )
             report = record.to_dict(clock.seconds)
         pictures = preprocessing.invert(images.load(_GRID), model.input.layout)
