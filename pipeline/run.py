@@ -26,6 +26,7 @@ from graph_tools.side_file import read_side_file
 from pipeline.evaluate.classification import Accuracy, evaluate_classification
 from pipeline.evaluate.datasets import open_dataset
 from pipeline.evaluate.sessions import open_session
+from pipeline.export import Exported, export
 from pipeline.generate import Generated, default_num_images, generate
 from pipeline.generate.input_range import guess_preprocessing
 from pipeline.images import ImageSet, ImageWriter, open_images
@@ -53,6 +54,7 @@ __all__ = [
     "copy_dataset",
     "default_output",
     "evaluate_files",
+    "export_file",
     "given_preprocessing",
     "preprocessing_of",
     "quantize_file",
@@ -333,6 +335,40 @@ def _images_for(path: Path, images: Path | None, count: int, seed: int) -> Itera
             yield open_images(noise, shape=shape)
         else:
             yield open_images(images or beside, shape=shape)
+
+
+def export_file(
+    path: Path,
+    target: str,
+    output: Path,
+    *,
+    images: Path | None = None,
+    float_model: Path | None = None,
+    timeout: float = 1800.0,
+) -> Exported:
+    """Write a quantized file in the dialect of a compiler, and run its converter.
+
+    Args:
+        path: the file.
+        target: name of the target.
+        output: the folder to write.
+        images: for calibration: images; by default those beside the file.
+        float_model: for calibration: the network in float; by default the one beside the file.
+        timeout: seconds that a converter gets.
+
+    Raises:
+        ZsqError: the target cannot take the file; nothing is written then.
+    """
+    beside = path.with_suffix("") / "images.npz"
+    chosen = images or (beside if beside.is_file() else None)
+    return export(
+        path,
+        load_profile(target),
+        output,
+        images=open_images(chosen) if target == "calibration" and chosen else None,
+        float_model=float_model,
+        timeout=timeout,
+    )
 
 
 def evaluate_files(

@@ -18,6 +18,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from graph_tools.errors import TargetError
 from pipeline.export.fake_quantized import FakeQuantized, Rounding, Stored, log2_of
+from pipeline.export.static_shapes import with_static_movement
 
 __all__ = ["DOMAIN", "to_imx500"]
 
@@ -76,5 +77,6 @@ def to_imx500(network: FakeQuantized, ends: Sequence[str]) -> onnx.ModelProto:
         TargetError: a scale that is no power of two.
     """
     proto = network.translate(_Dialect(), ends, batch=1, drop_idle=True)
+    proto = with_static_movement(proto)
     proto.producer_name, proto.producer_version = _PRODUCER
     return proto

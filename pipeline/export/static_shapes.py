@@ -1,9 +1,9 @@
 """Data movement in the words that compilers for fixed shapes take.
 
-With a fixed batch every Reshape has one shape, which is written out. A Gather along the batch, such
-as ShuffleNet's exchange of channels ends with (arXiv 1807.11164; reshape to pairs of channels,
-transpose, reshape to a batch of two, take one of it), takes channels of a tensor in front of it: the
-positions that the chain moves where are found by moving their numbers through it.
+With a fixed batch every Reshape has one shape, which is written out. A Gather along the batch takes
+channels of a tensor in front of it: ShuffleNet's exchange of channels (arXiv 1807.11164) ends with
+one, behind a reshape to pairs of channels, a transpose and a reshape to a batch of two. What the
+chain moves where is found by moving the numbers of the elements through it.
 """
 
 from __future__ import annotations
