@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ _REPORTED = (
     "Model Memory Physical Size",
     "Runtime Memory Physical Size",
 )
+_UNSUPPORTED = re.compile(r"unsupported ops: (.+?)(?: \[|$)", re.MULTILINE)
 _REFUSED = re.compile(r"^Node \[[^\]]*\] op: \S+, id: (.+), errors:", re.MULTILINE)
 
 
@@ -60,17 +60,25 @@ def convert(
     environment = find_environment(profile)
     lacking = missing_commands(profile.install) if profile.install is not None else ()
     refused: list[str] = []
+    rules = profile.rules or Rules()
+    runs = environment is not None and not lacking
+    operators = () if runs else rules.operators
     for _ in range(_ROUNDS):
-        cut = _write(network, profile, folder / _MODEL, refused)
+        cut = cut_before(network, operators=operators, refused=refused)
+        _write(network, rules, cut, folder / _MODEL)
         if environment is None or lacking:
             lines = [*_describe(cut), "not converted: " + how_to_get(profile)]
             return lines, {"converted": False, "cut": [node.name for node in cut.nodes]}
-        known = {node.name for node in network.operators}
+        known = {node.name: node.op_type for node in network.operators}
         program = environment.folder / "bin" / "imxconv-pt"
         found = _run(program, folder, timeout)
         if found is None:
             break
-        fresh = [name for name in found if name in known and name not in refused]
+        fresh = [
+            name
+            for name, op_type in known.items()
+            if {name, op_type} & set(found) and name not in refused
+        ]
         if not fresh:
             raise TargetError(
                 f"the converter refuses nodes that cannot be cut off: {', '.join(found[:3])}",
@@ -101,16 +109,11 @@ def convert(
     }
 
 
-def _write(
-    network: FakeQuantized, profile: TargetProfile, path: Path, refused: Sequence[str]
-) -> Cut:
-    rules = profile.rules or Rules()
-    cut = cut_before(network, operators=rules.operators, refused=refused)
+def _write(network: FakeQuantized, rules: Rules, cut: Cut, path: Path) -> None:
     proto = to_imx500(network, cut.ends)
     if rules.opset:
-        proto = to_older_opset(proto, rules.opset, where=f"target {profile.name}")
+        proto = to_older_opset(proto, rules.opset, where="target imx500")
     onnx.save(proto, path)
-    return cut
 
 
 def _describe(cut: Cut) -> list[str]:
@@ -172,8 +175,11 @@ def _run(program: Path, folder: Path, timeout: float) -> list[str] | None:
 
 
 def refused_nodes(log: str) -> list[str]:
-    """Names of the nodes that the converter's log refuses."""
-    return _REFUSED.findall(log)
+    """Names of the nodes, and types of the operators, that the converter's log refuses."""
+    found = _REFUSED.findall(log)
+    for line in _UNSUPPORTED.findall(log):
+        found += re.findall(r"\w+", line)
+    return found
 
 
 def memory_of(path: Path) -> dict[str, Any]:

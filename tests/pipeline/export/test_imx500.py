@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import zipfile
 
 import numpy as np
@@ -84,6 +85,8 @@ def test_nothing_left_is_an_error(residual):
 def test_the_log_of_the_converter_names_refused_nodes():
     log = "Node [Framework.onnx] op: Gather, id: /a b/Gather, errors:\n\tParam error\n"
     assert refused_nodes(f"x\n{log}-----\n{log}") == ["/a b/Gather", "/a b/Gather"]
+    log = "ERROR : CODE: [USOP] The network contains unsupported ops: Elu, PRelu [/x/logger.py:185]"
+    assert refused_nodes(log) == ["Elu", "PRelu"]
 
 
 def test_a_report_that_is_none_is_named(tmp_path):
@@ -111,6 +114,64 @@ def test_free_scales_are_refused_and_nothing_is_written(tmp_path, capsys, no_con
     assert main(["export", str(path), "--target", "imx500", "-o", str(folder)]) == 2
     assert "--weight-scale pot" in capsys.readouterr().err
     assert not folder.exists()
+
+
+def fake_converter(folder, monkeypatch, script):
+    """A program in place of the converter; it says what the real one was seen to say."""
+    profile = load_profile("imx500")
+    home = folder / "targets" / "imx500"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "python").write_text("")
+    mark = {"version": "0.1", "requirements": list(profile.install.requirements)}
+    (home / "installed.json").write_text(json.dumps(mark))
+    program = home / "bin" / "imxconv-pt"
+    program.write_text(f"#!{sys.executable}\nimport json, pathlib, sys, zipfile\n{script}")
+    program.chmod(0o755)
+    monkeypatch.setenv("ZSQ_TARGETS", str(folder / "targets"))
+    monkeypatch.setattr("pipeline.export.converter.missing_commands", lambda install: ())
+
+
+REFUSES_GEMM = """
+text = pathlib.Path(sys.argv[2]).read_bytes()
+out = pathlib.Path(sys.argv[4])
+if b"Gemm" in text:
+    sys.exit("ERROR : CODE: [USOP] The network contains unsupported ops: Gemm [/x.py:1]")
+out.mkdir()
+zipfile.ZipFile(out / "packerOut.zip", "w").writestr("a", "b")
+sizes = "Model Memory Physical Size", "Runtime Memory Physical Size", "Memory Usage"
+report = {**dict.fromkeys(sizes, "1KB"), "Total Memory Available On Chip": "8MB"}
+report |= {"Memory Utilization": "1%", "Fit In Chip": True}
+(out / "model_MemoryReport.json").write_text(json.dumps({"Memory Report": report}))
+"""
+
+
+def test_what_the_converter_refuses_is_cut_and_named(residual, tmp_path, monkeypatch, capsys):
+    fake_converter(tmp_path, monkeypatch, REFUSES_GEMM)
+    folder = tmp_path / "out"
+    assert main(["export", str(residual), "--target", "imx500", "-o", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "cut off" in said
+    assert "Gemm" in said
+    assert "1KB of 8MB" in said
+    kinds = {node.op_type for node in onnx.load(folder / "model.onnx").graph.node}
+    assert "Gemm" not in kinds
+    assert "Conv" in kinds
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [("sys.exit('ERROR no heap')", "no heap"), ("import time; time.sleep(60)", "not done")],
+)
+def test_a_converter_that_fails_leaves_nothing(
+    residual, tmp_path, monkeypatch, capsys, script, message
+):
+    fake_converter(tmp_path, monkeypatch, script)
+    folder = tmp_path / "out"
+    words = ["--target", "imx500", "-o", str(folder), "--timeout", "3"]
+    assert main(["export", str(residual), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not folder.exists()
+    assert [item.name for item in tmp_path.iterdir()] == ["targets"]
 
 
 @pytest.mark.slow
