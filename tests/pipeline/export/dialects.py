@@ -73,6 +73,7 @@ def run_dialect(proto: onnx.ModelProto, image: np.ndarray) -> dict[str, np.ndarr
     del plain.opset_import[:]
     plain.opset_import.extend(kept)
     options = ort.SessionOptions()
+    options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(
         plain.SerializeToString(), options, providers=["CPUExecutionProvider"]
