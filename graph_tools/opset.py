@@ -13,7 +13,7 @@ import onnx
 from onnx import helper, inliner, version_converter
 from onnx.defs import OpSchema, SchemaError
 
-from graph_tools.errors import ModelError, UnsupportedOperatorError
+from graph_tools.errors import ModelError, TargetError, UnsupportedOperatorError
 from graph_tools.quiet import quiet
 from graph_tools.shapes import infer, set_shape
 from graph_tools.walk import all_nodes
@@ -26,6 +26,7 @@ __all__ = [
     "check_operators",
     "check_versions",
     "opset_version",
+    "to_older_opset",
     "to_opset",
     "to_running_opset",
 ]
@@ -132,6 +133,35 @@ def to_opset(proto: onnx.ModelProto, *, where: str) -> onnx.ModelProto:
     del result.opset_import[:]
     result.opset_import.append(helper.make_opsetid("", OPSET))
     result.ir_version = IR_VERSION
+    return result
+
+
+def to_older_opset(proto: onnx.ModelProto, version: int, *, where: str) -> onnx.ModelProto:
+    """Return `proto` itself, or declared for an older opset where its nodes mean the same.
+
+    Nodes of other domains are left as they are.
+
+    Raises:
+        TargetError: a node that the older opset does not have, or has with another meaning.
+    """
+    newer = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
+    if newer <= version:
+        return proto
+    result = onnx.ModelProto()
+    result.CopyFrom(proto)
+    for node in all_nodes(result):
+        if _domain(node):
+            continue
+        if not _fits(node, newer, version):
+            raise TargetError(
+                f"opset {version} has no {node.op_type} like that of opset {newer}",
+                where=f"{where}: node {node.name}",
+                hint="export to ONNX at an older opset",
+            )
+        _drop_newer_attributes(node, version)
+    for entry in result.opset_import:
+        if entry.domain in ("", "ai.onnx"):
+            entry.version = version
     return result
 
 
@@ -307,9 +337,9 @@ def _set_defaults(node: onnx.NodeProto, version: int) -> None:
             node.attribute.add().CopyFrom(attribute.default_value)
 
 
-def _fits(node: onnx.NodeProto, version: int) -> bool:
-    """Whether `node`, written for opset `version`, means the same under `OPSET`."""
-    new, old = _schema(node.op_type, version), _schema(node.op_type, OPSET)
+def _fits(node: onnx.NodeProto, version: int, older: int = OPSET) -> bool:
+    """Whether `node`, written for opset `version`, means the same under an `older` one."""
+    new, old = _schema(node.op_type, version), _schema(node.op_type, older)
     if new is None or old is None:
         return False
     if new.since_version == old.since_version:
@@ -325,8 +355,8 @@ def _fits(node: onnx.NodeProto, version: int) -> bool:
     return same_names and all(_default(new, name) == _default(old, name) for name in shared)
 
 
-def _drop_newer_attributes(node: onnx.NodeProto) -> None:
-    schema = _schema(node.op_type, OPSET)
+def _drop_newer_attributes(node: onnx.NodeProto, version: int = OPSET) -> None:
+    schema = _schema(node.op_type, version)
     assert schema is not None
     kept = [a for a in node.attribute if a.name in schema.attributes]
     del node.attribute[:]

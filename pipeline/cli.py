@@ -182,6 +182,9 @@ class Quantize:
     """Labelled images: the report then has the accuracy before and after."""
     verify_images: int = 500
     """Most images that the proof runs on."""
+    target: str = "onnxruntime"
+    """Compiler or chip that the file is for: its rules choose what else would be chosen by flags
+    (README, Targets)."""
     quantization: QuantizeSettings = field(default_factory=QuantizeSettings)
     generation: GenerateSettings = field(default_factory=GenerateSettings)
     input: InputSettings = field(default_factory=InputSettings)
@@ -205,6 +208,7 @@ class Quantize:
                 max_images=self.verify_images, threads=self.common.threads
             ),
             threads=self.common.threads,
+            target=self.target,
         )
         with _progress(self.common) as progress:
             result = quantize_file(job, on_progress=progress)
@@ -271,6 +275,49 @@ class Verify:
         if not _silent(self.common):
             _print_agreement(agreement)
         return 0 if proof.passed and agreement.passed else 1, facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a quantized file in the dialect of a compiler, and run its converter."""
+
+    model: tyro.conf.Positional[Path]
+    """Quantized ONNX file."""
+    target: Literal["calibration", "imx500", "qonnx"]
+    """imx500: Sony's converter for the sensor; qonnx: FINN and hls4ml; calibration: what tools
+    with a quantizer of their own want."""
+    output: Annotated[Path, _OUTPUT]
+    """Folder to write."""
+    images: Path | None = None
+    """With calibration: the images; by default those beside the model."""
+    float_model: Path | None = None
+    """With calibration: the network in float; by default the one beside the model."""
+    timeout: float = 1800.0
+    """Seconds that a converter gets."""
+    common: CommonSettings = field(default_factory=CommonSettings)
+
+    def run(self) -> tuple[int, dict[str, Any]]:
+        """Translate and convert."""
+        from pipeline.run import export_file
+
+        exported = export_file(
+            self.model,
+            self.target,
+            self.output,
+            images=self.images,
+            float_model=self.float_model,
+            timeout=self.timeout,
+        )
+        if not _silent(self.common):
+            for line in exported.lines:
+                _stdout.print(line, markup=False)
+            _stdout.print(f"\nfolder  {exported.folder}", markup=False)
+        return 0, {
+            "target": self.target,
+            "folder": str(exported.folder),
+            "files": list(exported.files),
+            **exported.facts,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,13 +410,14 @@ class Evaluate:
         return 0, facts
 
 
-Command = Inspect | Expose | Generate | Quantize | Verify | Evaluate | Targets
+Command = Inspect | Expose | Generate | Quantize | Verify | Export | Evaluate | Targets
 _COMMANDS: dict[str, Callable[..., object]] = {
     "inspect": Inspect,
     "expose": Expose,
     "generate": Generate,
     "quantize": Quantize,
     "verify": Verify,
+    "export": Export,
     "evaluate": Evaluate,
     "targets": Targets,
 }

@@ -73,6 +73,7 @@ def metadata(
     return {
         **free,
         "zsq.source_sha256": model.sha256,
+        **({"zsq.target": job.target} if job.target != "onnxruntime" else {}),
         "zsq.images": source,
         "zsq.settings": json.dumps(flat_settings(job), sort_keys=True),
         "preprocessing": json.dumps(preprocessing.to_dict(), sort_keys=True),
@@ -93,8 +94,12 @@ def flat_settings(job: QuantizeJob) -> dict[str, Any]:
     """All settings of a run by flag name, without paths."""
     inputs = asdict(job.input)
     inputs["input"] = [entry.rpartition("=")[0] for entry in job.input.input]
+    quantization = asdict(job.quantization)
+    for name in ("signedness", "weight_granularity", "bias_storage"):
+        if quantization[name] == "auto":  # as in files that were written before these existed
+            del quantization[name]
     return {
-        **asdict(job.quantization),
+        **quantization,
         **asdict(job.generation),
         **{name: value for name, value in inputs.items() if value},
     }
@@ -186,6 +191,7 @@ class Record:
     quantization: Quantization
     proof: Proof
     accuracies: tuple[Accuracy, ...]
+    target_warnings: tuple[str, ...] = ()
     restoration: Restoration | None = None
 
     def to_dict(self, times: Mapping[str, float]) -> dict[str, Any]:
@@ -321,6 +327,7 @@ class Record:
                 warnings.append(
                     f"output {output['name']} has an SQNR of only {output['sqnr_db']:.1f} dB"
                 )
+        warnings += self.target_warnings
         if not self.proof.passed:
             warnings.append("the proof failed: see the proof section")
         return warnings

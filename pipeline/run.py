@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from graph_tools.side_file import read_side_file
 from pipeline.evaluate.classification import Accuracy, evaluate_classification
 from pipeline.evaluate.datasets import open_dataset
 from pipeline.evaluate.sessions import open_session
+from pipeline.export import Exported, export
 from pipeline.generate import Generated, default_num_images, generate
 from pipeline.generate.input_range import guess_preprocessing
 from pipeline.images import ImageSet, ImageWriter, open_images
@@ -39,6 +40,8 @@ from pipeline.settings import (
     QuantizeSettings,
     VerifySettings,
 )
+from pipeline.target_profiles import load_profile
+from pipeline.target_rules import in_form, not_taken, settings_for, with_batch
 from pipeline.verify import verify
 from pipeline.verify.agreement import Agreement, compare_targets
 from pipeline.verify.proof import Proof
@@ -51,6 +54,7 @@ __all__ = [
     "copy_dataset",
     "default_output",
     "evaluate_files",
+    "export_file",
     "given_preprocessing",
     "preprocessing_of",
     "quantize_file",
@@ -77,6 +81,7 @@ class QuantizeJob:
         bn_from: weights and statistics of the same network, for BatchNormalization that was
             folded away.
         evaluate_data: labelled images; the report then has the accuracy before and after.
+        target: name of the compiler or chip that the file is for.
     """
 
     model: Path
@@ -90,6 +95,7 @@ class QuantizeJob:
     bn_from: Path | None = None
     evaluate_data: Path | None = None
     threads: int = 0
+    target: str = "onnxruntime"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +137,8 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
         torch.set_num_threads(job.threads)
     if job.output.resolve() == job.model.resolve():
         raise SettingsError("the output is the input", where=str(job.output))
+    profile = load_profile(job.target)
+    job = replace(job, quantization=settings_for(profile, job.quantization))
     progress = on_progress or (lambda stage, done, total, terms: None)
     clock = _Clock()
     with _output_folder(job.output) as work:
@@ -162,12 +170,12 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
             written = work / job.output.name
             properties = metadata(model, job, preprocessing, generated)
             proto = write_qdq(
-                network,
+                with_batch(profile, network),
                 quantization.plan,
                 metadata=properties,
                 container=job.quantization.container,
             )
-            save(proto, written)
+            save(in_form(profile, proto), written)
             quantization.plan.save(work / "plan.json")
         with clock("verify"):
             proof = verify(
@@ -191,6 +199,9 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
                 quantization=quantization,
                 proof=proof,
                 accuracies=accuracies,
+                target_warnings=tuple(
+                    not_taken(profile, network, tuple(quantization.plan.absorbed))
+                ),
             )
             report = record.to_dict(clock.seconds)
         pictures = preprocessing.invert(images.load(_GRID), model.input.layout)
@@ -324,6 +335,40 @@ def _images_for(path: Path, images: Path | None, count: int, seed: int) -> Itera
             yield open_images(noise, shape=shape)
         else:
             yield open_images(images or beside, shape=shape)
+
+
+def export_file(
+    path: Path,
+    target: str,
+    output: Path,
+    *,
+    images: Path | None = None,
+    float_model: Path | None = None,
+    timeout: float = 1800.0,
+) -> Exported:
+    """Write a quantized file in the dialect of a compiler, and run its converter.
+
+    Args:
+        path: the file.
+        target: name of the target.
+        output: the folder to write.
+        images: for calibration: images; by default those beside the file.
+        float_model: for calibration: the network in float; by default the one beside the file.
+        timeout: seconds that a converter gets.
+
+    Raises:
+        ZsqError: the target cannot take the file; nothing is written then.
+    """
+    beside = path.with_suffix("") / "images.npz"
+    chosen = images or (beside if beside.is_file() else None)
+    return export(
+        path,
+        load_profile(target),
+        output,
+        images=open_images(chosen) if target == "calibration" and chosen else None,
+        float_model=float_model,
+        timeout=timeout,
+    )
 
 
 def evaluate_files(

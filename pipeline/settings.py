@@ -149,6 +149,13 @@ class QuantizeSettings:
     zero_point: Literal["auto", "zero"] = "auto"
     """auto: signed tensors that several operators read are stored as uint8 around 128, the form
     for which onnxruntime has integer kernels; zero: int8, zero point 0, everywhere."""
+    signedness: Literal["auto", "signed"] = "auto"
+    """auto: tensors that are never negative are unsigned, which doubles their steps; signed: every
+    tensor is int8, for targets without uint8."""
+    weight_granularity: Literal["auto", "channel", "tensor"] = "auto"
+    """Scales of a weight: one for each output channel (auto), or one for the whole tensor."""
+    bias_storage: Literal["auto", "int32", "float"] = "auto"
+    """Biases in int32 behind a DequantizeLinear (auto), or the same values in float."""
     outlier_z: float = 0.0
     """Values further than this many standard deviations from a tensor's mean do not count when its
     threshold is chosen (published: 24); 0 counts all."""
@@ -178,6 +185,12 @@ class QuantizeSettings:
         _require(z == 0 or 1 <= z < math.inf, "outlier_z", z, "0, or 1 or more")
         if self.second_moment_correction:
             self._check_second_moment_correction()
+        if self.weight_granularity == "tensor" and self.weight_scale == "free":
+            raise SettingsError(
+                "free scales are one a channel",
+                where="--weight-granularity tensor",
+                hint="leave out --weight-scale free",
+            )
 
     def _check_second_moment_correction(self) -> None:
         where = "--second-moment-correction"

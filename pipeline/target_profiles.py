@@ -72,7 +72,38 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Which files a target takes."""
+    """Which files a target takes; what is empty or 0 is left to the user.
+
+    Attributes:
+        operators: those it takes; empty where it is not known, or all.
+        signedness: ``signed``: no unsigned integers.
+        zero_point: ``zero``: no other one.
+        weight_granularity: ``channel`` or ``tensor``: scales of a weight.
+        bias_storage: ``int32`` or ``float``.
+        weight_scale: ``pot``: powers of two alone.
+        container: ``int8``: no narrower type.
+        scheme: ``full``: every tensor that crosses an operator is quantized.
+        weights: bits that weights may have; ``activations`` likewise.
+        opset: newest opset.
+        static_batch: the batch is 1.
+        layout: of the image, NCHW or NHWC.
+        note: a line for the user: what has not been run, where the rules are from.
+    """
+
+    operators: tuple[str, ...] = ()
+    signedness: str = ""
+    zero_point: str = ""
+    weight_granularity: str = ""
+    bias_storage: str = ""
+    weight_scale: str = ""
+    container: str = ""
+    scheme: str = ""
+    weights: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ()
+    opset: int = 0
+    static_batch: bool = False
+    layout: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("generate", "quantize", "verify", "evaluate", "report")
+ROOMS = ("generate", "quantize", "verify", "export", "evaluate", "report")
 
 
 def imported(path: Path) -> set[str]:

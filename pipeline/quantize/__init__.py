@@ -10,12 +10,13 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 
 from graph_tools.errors import ModelError
 from graph_tools.integer_tail import IntegerTail, find_integer_tail
-from graph_tools.model import Model, initializers
-from graph_tools.quantizer import FloatNode, Plan, TensorQuantizer
+from graph_tools.model import Model, initializers, replace_proto
+from graph_tools.quantizer import FloatNode, Plan, QuantizedConstant, TensorQuantizer
 from graph_tools.torch_graph import TorchGraph
 from pipeline.images import ImageSet
 from pipeline.quantize.activations import (
@@ -23,7 +24,11 @@ from pipeline.quantize.activations import (
     activation_quantizers,
     midpoint_tensors,
 )
-from pipeline.quantize.constants import quantize_constants, quantize_site
+from pipeline.quantize.constants import (
+    quantize_constants,
+    quantize_site,
+    with_scalar_scales,
+)
 from pipeline.quantize.lockstep import Lockstep
 from pipeline.quantize.mixed_precision import NUM_IMAGES, MixedPrecision, choose_mixed
 from pipeline.quantize.observe import observe
@@ -123,6 +128,10 @@ def quantize(
     refinement = Refinement(model, graph, placement, tensors, constants, values, batches)
     notes += refinement.run(settings, seed, on_step)
     absorbed = absorb_activations(placement, tensors)
+    if settings.weight_granularity == "tensor":
+        constants = with_scalar_scales(constants)
+    if settings.bias_storage == "float":
+        model, constants = _with_float_biases(model, constants)
     plan = Plan(
         tensors=tensors,
         constants=constants,
@@ -198,6 +207,24 @@ def _mixed(
         correct_biases=settings.bias_correction != "none",
         on_step=without_terms(on_step),
     )
+
+
+def _with_float_biases(
+    model: Model, constants: Mapping[str, QuantizedConstant]
+) -> tuple[Model, dict[str, QuantizedConstant]]:
+    """Put the values of the biases' integers into the network, and take them from the plan."""
+    biases = {name for name, constant in constants.items() if constant.role == "bias"}
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    kept = [entry for entry in proto.graph.initializer if entry.name not in biases]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
+    for name in sorted(biases):
+        proto.graph.initializer.append(
+            onnx.numpy_helper.from_array(constants[name].values, name)
+        )
+    others = {name: entry for name, entry in constants.items() if name not in biases}
+    return replace_proto(model, proto), others
 
 
 def _other_widths(widths: Widths, settings: QuantizeSettings) -> Iterator[str]:

@@ -40,8 +40,9 @@ def activation_quantizers(
     }
     for name in placement.roots:
         histogram, bits = histograms[name], widths.activations[name]
-        signed = name not in placement.nonnegative and not (
-            name == input_name and histogram.low >= 0
+        signed = settings.signedness == "signed" or (
+            name not in placement.nonnegative
+            and not (name == input_name and histogram.low >= 0)
         )
         if name in placement.unit_range:
             exponent = -(bits - signed)
@@ -62,7 +63,12 @@ def activation_quantizers(
 def absorb_activations(
     placement: Placement, tensors: dict[str, TensorQuantizer]
 ) -> dict[str, str]:
-    """Relu and Clip nodes that saturation does; the others get a quantizer before them, too."""
+    """Relu and Clip nodes that saturation does; the others get a quantizer before them, too.
+
+    Where a tensor without negative values has a signed quantizer, its Relu stays, and stands
+    directly behind its operator: rounding before it would change nothing, and compilers for signed
+    integers fuse the three.
+    """
     absorbed = {}
     for node, (before, after) in placement.activations.items():
         quantizer = tensors[after]
@@ -71,7 +77,7 @@ def absorb_activations(
         tensors.pop(before, None)
         if quantizer.qmin * scale >= low and quantizer.qmax * scale <= high:
             absorbed[node] = after
-        else:
+        elif not (quantizer.signed and low >= 0):
             tensors[before] = quantizer
     return absorbed
 

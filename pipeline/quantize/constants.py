@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from pipeline.quantize.weights import (
 from pipeline.quantize.widths import Widths
 from pipeline.settings import QuantizeSettings
 
-__all__ = ["quantize_biases", "quantize_constants", "quantize_site"]
+__all__ = ["quantize_biases", "quantize_constants", "quantize_site", "with_scalar_scales"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -42,8 +43,23 @@ def quantize_constants(
         made = results[node]  # an operand has the width of the result, Relu or Clip included
         made = dict(placement.activations.values()).get(made, made)
         bits = widths.activations.get(placement.shares.get(made, made), settings.activations)
-        constants[name] = quantize_operand(node, values[name], bits=bits)
+        constants[name] = quantize_operand(
+            node, values[name], bits=bits, signed=settings.signedness == "signed"
+        )
     return constants
+
+
+def with_scalar_scales(
+    constants: Mapping[str, QuantizedConstant],
+) -> dict[str, QuantizedConstant]:
+    """Write the one exponent that all channels of weights and biases share as a scalar."""
+    found = dict(constants)
+    for name, constant in constants.items():
+        exponent = constant.quantizer.exponent
+        if isinstance(exponent, tuple) and len(set(exponent)) == 1:
+            scalar = replace(constant.quantizer, exponent=exponent[0], axis=None)
+            found[name] = replace(constant, quantizer=scalar)
+    return found
 
 
 def quantize_site(
@@ -63,6 +79,7 @@ def quantize_site(
         metric=settings.threshold,
         bias_bits=bias_bits(site, tensors),
         free=settings.weight_scale == "free",
+        per_tensor=settings.weight_granularity == "tensor",
     )
 
 

@@ -57,6 +57,7 @@ def quantize_weight(
     metric: Metric,
     bias_bits: int = BIAS_BITS,
     free: bool = False,
+    per_tensor: bool = False,
 ) -> QuantizedConstant:
     """Per-output-channel integers of a weight.
 
@@ -72,16 +73,26 @@ def quantize_weight(
         metric: error that the threshold search minimizes.
         bias_bits: width that the bias may take.
         free: scales need not be powers of two.
+        per_tensor: all channels share one scale.
     """
     if free:
         return _with_free_scales(
             site, weight, bias, input_exponent, bits=bits, metric=metric, bias_bits=bias_bits
         )
-    exponents = np.array(weight_exponents(weight, axis=site.axis, bits=bits, metric=metric))
+    if per_tensor:
+        whole = np.reshape(weight, (1, -1))
+        shared = weight_exponents(whole, axis=0, bits=bits, metric=metric)
+        exponents = np.repeat(np.array(shared), weight.shape[site.axis])
+    else:
+        exponents = np.array(
+            weight_exponents(weight, axis=site.axis, bits=bits, metric=metric)
+        )
     if bias is not None and bias.size:
         magnitude = _largest_bias(bias, exponents.size)
         least = [ceil_log2(m) - bias_bits - input_exponent if m else -1000 for m in magnitude]
         exponents = np.maximum(exponents, least)
+    if per_tensor:
+        exponents[:] = exponents.max(initial=-1000)
     quantizer = TensorQuantizer(
         bits=bits,
         signed=True,
@@ -153,9 +164,14 @@ def quantize_bias(
     )
 
 
-def quantize_operand(node: str, values: Array, *, bits: int) -> QuantizedConstant:
-    """Per-tensor integers of a constant operand of Add, Sub, Mul or Div."""
-    signed = bool((values < 0).any())
+def quantize_operand(
+    node: str, values: Array, *, bits: int, signed: bool = False
+) -> QuantizedConstant:
+    """Per-tensor integers of a constant operand of Add, Sub, Mul or Div.
+
+    They are signed if a value is negative, or by request.
+    """
+    signed = signed or bool((values < 0).any())
     flat = np.abs(np.asarray(values, np.float64)).max(initial=0.0)
     top = 2 ** (bits - signed) - 1
     exponent = ceil_log2(max(float(flat) / top, 2.0**-40))
