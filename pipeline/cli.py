@@ -179,6 +179,8 @@ class Quantize:
     """Labelled images: the report then has the accuracy before and after."""
     verify_images: int = 500
     """Most images that the proof runs on."""
+    interpreter_images: int = 64
+    """How many of them the integer interpreter runs, too, in whole batches; 0 for none."""
     quantization: QuantizeSettings = field(default_factory=QuantizeSettings)
     generation: GenerateSettings = field(default_factory=GenerateSettings)
     input: InputSettings = field(default_factory=InputSettings)
@@ -199,7 +201,9 @@ class Quantize:
             generation=self.generation,
             quantization=self.quantization,
             verification=VerifySettings(
-                max_images=self.verify_images, threads=self.common.threads
+                max_images=self.verify_images,
+                interpreter_images=self.interpreter_images,
+                threads=self.common.threads,
             ),
             threads=self.common.threads,
         )
@@ -217,7 +221,7 @@ class Quantize:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Prove a quantized file: optimized and unoptimized onnxruntime must agree bit by bit."""
+    """Prove a quantized file: onnxruntime, optimized or not, and integers agree bit by bit."""
 
     model: tyro.conf.Positional[Path]
     """Quantized ONNX file."""
@@ -225,6 +229,8 @@ class Verify:
     """Images to run; by default those beside the model, else Gaussian noise."""
     max_images: int = 500
     """Most images to run."""
+    interpreter_images: int = 64
+    """How many of them the integer interpreter runs, too, in whole batches; 0 for none."""
     seed: int = 0
     """Seed of the noise."""
     common: CommonSettings = field(default_factory=CommonSettings)
@@ -233,7 +239,11 @@ class Verify:
         """Run and compare."""
         from pipeline.run import verify_file
 
-        settings = VerifySettings(max_images=self.max_images, threads=self.common.threads)
+        settings = VerifySettings(
+            max_images=self.max_images,
+            interpreter_images=self.interpreter_images,
+            threads=self.common.threads,
+        )
         with _progress(self.common) as progress:
             proof = verify_file(
                 self.model, self.images, settings, seed=self.seed, on_progress=progress

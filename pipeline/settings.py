@@ -269,10 +269,14 @@ class VerifySettings:
 
     max_images: int = 500
     """Images to compare."""
+    interpreter_images: int = 64
+    """How many of them the integer interpreter runs, too, in whole batches; 0 for none."""
     threads: int = 0
     """onnxruntime threads; 0 lets it choose."""
 
     def __post_init__(self) -> None:
+        count = self.interpreter_images
+        _require(count >= 0, "interpreter_images", count, "0 or more")
         _require(self.max_images > 0, "max_images", self.max_images, "a positive number")
         _require(self.threads >= 0, "threads", self.threads, "0 or more")
 

@@ -1,4 +1,4 @@
-"""Run a quantized file three ways in onnxruntime and compare, integer by integer.
+"""Run a quantized file three ways in onnxruntime and in integers, and compare every integer.
 
 Tensors are compared where integers end: at graph outputs that hold dequantized integers, and,
 where a float tail follows (a Softmax, box decoding), at the last integers in front of it, in a
@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
+from graph_tools.digests import find_changes
 from graph_tools.errors import DataError, ModelError, VerificationError
 from graph_tools.quantized_graph import QuantizedGraph
 from graph_tools.reading import read_proto
@@ -33,13 +34,17 @@ from pipeline.verify.compilers import onnxruntime as ort
 from pipeline.verify.cut import cut_at
 from pipeline.verify.differences import DifferenceMeter
 from pipeline.verify.findings import (
+    change_failures,
     difference_failures,
     find_warnings,
+    interpreter_differences,
+    interpreter_failures,
     measure_saturation,
     overflow_failures,
     refusal_hint,
     scale_failures,
 )
+from pipeline.verify.interpreter import Interpreter
 from pipeline.verify.kernels import Kernels, name_nodes, read_kernels
 from pipeline.verify.localize import first_difference
 from pipeline.verify.proof import Proof, TensorProof
@@ -64,7 +69,7 @@ def verify(
     *,
     on_step: OnStep | None = None,
 ) -> Proof:
-    """Check a QDQ file: exactness in onnxruntime, kernels, saturation, scales, accumulators.
+    """Check a QDQ file: exactness, contents, kernels, saturation, scales, accumulators.
 
     Args:
         path: the quantized model.
@@ -82,7 +87,9 @@ def verify(
         DataError: the images do not fit the model's input.
     """
     started = time.perf_counter()
-    proto = name_nodes(_read(path))
+    read = _read(path)
+    changes = find_changes(read)
+    proto = name_nodes(read)
     graph = QuantizedGraph(proto)
     _require_quantized(graph, path)
     _require_fit(graph, images, path)
@@ -92,12 +99,17 @@ def verify(
     except VerificationError as error:
         error.hint = refusal_hint(graph)
         raise
+    accumulators = tuple(measure_accumulators(graph))
+    interpreter = _interpreter(graph, parts, accumulators, settings)
     total = min(settings.max_images, images.count)
     done = 0
     differing_batch: npt.NDArray[np.float32] | None = None
     for batch in images.batches(_batch_size(graph, images), limit=total):
+        found: dict[str, dict[str, npt.NDArray[Any]]] = {}
         for part in parts:
-            part.compare(batch)
+            for mode, values in part.compare(batch).items():
+                found.setdefault(mode, {}).update(values)
+        interpreter.compare(batch, found)
         if differing_batch is None and _differing(parts):
             differing_batch = batch
         done += len(batch)
@@ -106,13 +118,14 @@ def verify(
     tensors = tuple(tensor for part in parts for tensor in part.results())
 
     scales = check_scales(graph)
-    accumulators = tuple(measure_accumulators(graph))
+    interpreted = interpreter.result()
     differences = list(difference_failures(tensors))
     parting = stepwise = None
     rounding = _rounding(graph, accumulators)
+    approximate = {node.name for node in graph.nodes if node.op_type in _APPROXIMATED}
     if differing_batch is not None and rounding:
-        rounding |= {node.name for node in graph.nodes if node.op_type in _APPROXIMATED}
-        stepwise = compare_stepwise(graph, differing_batch, rounding, threads=settings.threads)
+        inexact = rounding | approximate
+        stepwise = compare_stepwise(graph, differing_batch, inexact, threads=settings.threads)
         differences.append(str(stepwise))
     if differing_batch is not None:
         parting = first_difference(graph, differing_batch, threads=settings.threads)
@@ -127,6 +140,11 @@ def verify(
             for text in differences
         ]
     approximated |= stepwise is not None and stepwise.within_one_step
+    parted = list(interpreter_differences(interpreted))
+    declared = interpreted.traced is None or (
+        bool(interpreted.traced.behind & (rounding | approximate))
+        and abs(interpreted.traced.difference.largest_steps) <= 1
+    )
     proof = Proof(
         model=str(path),
         onnxruntime=ort.available(),
@@ -137,13 +155,19 @@ def verify(
         scales=scales,
         accumulators=accumulators,
         stepwise=stepwise,
+        interpreted=interpreted,
+        changes=changes,
         failures=(
             *([] if approximated else differences),
+            *([] if declared else parted),
+            *interpreter_failures(interpreted),
+            *change_failures(changes),
             *scale_failures(scales),
             *overflow_failures(accumulators),
         ),
         warnings=(
             *(differences if approximated else ()),
+            *(parted if declared else ()),
             *find_warnings(graph, scales, accumulators),
         ),
         seconds=time.perf_counter() - started,
@@ -177,12 +201,16 @@ def _rounding(graph: QuantizedGraph, accumulators: Sequence[Accumulator]) -> set
 
 @dataclass(frozen=True, kw_only=True)
 class _Target:
-    """A tensor to compare: its name in the run, and what it stands for."""
+    """A tensor to compare: its name in the run, and what it stands for.
+
+    ``integers``: where the stored integers are if it is no graph output.
+    """
 
     output: str
     name: str
     scale: float | None
     feeds: tuple[str, ...] = ()
+    integers: str = ""
     decides: bool = False
 
     @property
@@ -199,22 +227,25 @@ class _Part:
 
     def __init__(self, runs: Sequence[ort.Compiled], targets: Sequence[_Target]) -> None:
         self._runs = runs
-        self._targets = targets
+        self.targets = targets
         self.meters = {
             (target.output, pair): DifferenceMeter(*pair, target.scale)
             for target in targets
             for pair in _PAIRS
         }
 
-    def compare(self, batch: npt.NDArray[np.float32]) -> None:
-        """Run a batch in every mode and compare."""
+    def compare(
+        self, batch: npt.NDArray[np.float32]
+    ) -> dict[ort.Mode, dict[str, npt.NDArray[Any]]]:
+        """Run a batch in every mode and compare; returns the outputs by mode."""
         values = {run.mode: ort.run(run, batch) for run in self._runs}
         for (output, (first, second)), meter in self.meters.items():
             meter.update(values[first][output], values[second][output])
+        return values
 
     def results(self) -> Iterator[TensorProof]:
         """Return what was measured, a tensor at a time."""
-        for target in self._targets:
+        for target in self.targets:
             yield TensorProof(
                 name=target.name,
                 kind=target.kind,
@@ -224,6 +255,25 @@ class _Part:
                     self.meters[target.output, pair].result() for pair in _PAIRS
                 ),
             )
+
+
+def _interpreter(
+    graph: QuantizedGraph,
+    parts: Sequence[_Part],
+    accumulators: Sequence[Accumulator],
+    settings: VerifySettings,
+) -> Interpreter:
+    """The interpreter over the tensors of integers that the parts compare."""
+    targets = [t for part in parts for t in part.targets if t.scale is not None]
+    wide = any(entry.input_bits > 8 for entry in accumulators)  # no runtime has int32 there
+    return Interpreter(
+        graph,
+        {target.output: target.scale for target in targets if target.scale is not None},
+        {target.output: target.integers for target in targets if target.integers},
+        limit=settings.interpreter_images,
+        accumulator_bits=62 if wide else 32,
+        threads=settings.threads,
+    )
 
 
 def _read(path: Path) -> onnx.ModelProto:
@@ -319,6 +369,7 @@ def _compile(
                         name=end.tensor,
                         scale=end.scale,
                         feeds=tuple(feeds[end.integers]),
+                        integers=end.integers,
                     )
                     for end in ends
                 ],
