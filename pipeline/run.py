@@ -20,6 +20,7 @@ from graph_tools.errors import SettingsError, ZsqError
 from graph_tools.model import Model, load, save
 from graph_tools.prepare import prepare_for_quantization
 from graph_tools.qdq import write_qdq
+from graph_tools.quantized_graph import QuantizedGraph
 from graph_tools.restore import Restoration, restore_batch_norms
 from graph_tools.saving import data_file
 from graph_tools.side_file import read_side_file
@@ -40,6 +41,7 @@ from pipeline.settings import (
     VerifySettings,
 )
 from pipeline.verify import verify
+from pipeline.verify.accumulators import refuse_overflow
 from pipeline.verify.proof import Proof
 
 __all__ = [
@@ -165,6 +167,7 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
                 metadata=properties,
                 container=job.quantization.container,
             )
+            refuse_overflow(QuantizedGraph(proto))
             save(proto, written)
             quantization.plan.save(work / "plan.json")
         with clock("verify"):

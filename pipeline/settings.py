@@ -123,6 +123,10 @@ class QuantizeSettings:
     weight_scale: Literal["pot", "free"] = "pot"
     """pot: the scales of weights are powers of two; free: any number, one a channel, to see the
     price of that. Activations stay powers of two, but requantization is no shift any more."""
+    weight_range: Literal["full", "7bit"] = "full"
+    """full: 8-bit weights are -128..127; 7bit: -64..63, so that kernels which add two products in
+    16 bits (x64 CPUs without VNNI in onnxruntime's default mode and in OpenVINO) cannot saturate.
+    It costs accuracy; weights of fewer bits stay as they are."""
     container: Literal["int8", "int4"] = "int8"
     """Type that holds integers of 4 bits and fewer: int8 (uint8 behind a Clip), for which
     onnxruntime has integer kernels, or int4 (uint4; opset 21), half the size. The values are the

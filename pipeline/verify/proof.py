@@ -18,6 +18,7 @@ from pipeline.verify.stepwise import Stepwise
 __all__ = ["Proof", "Saturation", "TensorProof"]
 
 _SHOWN = 5
+_REMEDY = "which `zsq quantize --weight-range 7bit` rules out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,13 +247,17 @@ class Proof:
         it, cpu = self.saturation, self.saturation.cpu
         if not it.saturates:
             risk = len(it.nodes_at_risk)
-            others = f"; on x64 CPUs without VNNI up to {risk} nodes could" if risk else ""
+            others = (
+                f"; on x64 CPUs without VNNI up to {risk} nodes could, {_REMEDY}"
+                if risk
+                else ""
+            )
             return f"saturation: none measured on this CPU ({cpu.describe()}){others}"
         top1 = f", {it.top1_changes} of {it.rows} first choices" if it.rows else ""
         return (
             f"saturation: this CPU ({cpu.describe()}) saturates: without "
             f"session.x64quantprecision=1 {100 * it.share:.2f} % of elements change, by up to "
-            f"{it.largest_steps:g} steps{top1}"
+            f"{it.largest_steps:g} steps{top1}; {_REMEDY}"
         )
 
 
