@@ -35,6 +35,7 @@ from pipeline.verify import verify
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 CIFAR, IMAGENET, COCO = "cifar10_test_dev.zip", "imagenet_dev.zip", "coco_dev.zip"
+NOISE = 8  # images that calibrate
 HALF = ("0.5",), ("0.5",)
 STANDARD = ("0.485", "0.456", "0.406"), ("0.229", "0.224", "0.225")
 RAW = ("0",), ("0.00392156862745098",)
@@ -74,7 +75,7 @@ def prove(
                 model=path,
                 output=output,
                 input=settings,
-                generation=GenerateSettings(method="noise", num_images=64),
+                generation=GenerateSettings(method="noise", num_images=NOISE),
                 quantization=quantization,
                 verification=VerifySettings(max_images=1, interpreter_images=0),
             )
