@@ -179,8 +179,9 @@ class Quantize:
     """Labelled images: the report then has the accuracy before and after."""
     verify_images: int = 500
     """Most images that the proof runs on."""
-    interpreter_images: int = 64
-    """How many of them the integer interpreter runs, too, in whole batches; 0 for none."""
+    interpreter_images: int | None = None
+    """How many of them the integer interpreter runs, too, in whole batches; 0 for none. By default 64
+    of up to 147x147 pixels, fewer beyond."""
     quantization: QuantizeSettings = field(default_factory=QuantizeSettings)
     generation: GenerateSettings = field(default_factory=GenerateSettings)
     input: InputSettings = field(default_factory=InputSettings)
@@ -229,8 +230,9 @@ class Verify:
     """Images to run; by default those beside the model, else Gaussian noise."""
     max_images: int = 500
     """Most images to run."""
-    interpreter_images: int = 64
-    """How many of them the integer interpreter runs, too, in whole batches; 0 for none."""
+    interpreter_images: int | None = None
+    """How many of them the integer interpreter runs, too, in whole batches; 0 for none. By default 64
+    of up to 147x147 pixels, fewer beyond."""
     seed: int = 0
     """Seed of the noise."""
     common: CommonSettings = field(default_factory=CommonSettings)

@@ -273,14 +273,15 @@ class VerifySettings:
 
     max_images: int = 500
     """Images to compare."""
-    interpreter_images: int = 64
-    """How many of them the integer interpreter runs, too, in whole batches; 0 for none."""
+    interpreter_images: int | None = None
+    """How many of them the integer interpreter runs, too, in whole batches; 0 for none. By default 64
+    of up to 147x147 pixels, fewer beyond."""
     threads: int = 0
     """onnxruntime threads; 0 lets it choose."""
 
     def __post_init__(self) -> None:
         count = self.interpreter_images
-        _require(count >= 0, "interpreter_images", count, "0 or more")
+        _require(count is None or count >= 0, "interpreter_images", count, "0 or more")
         _require(self.max_images > 0, "max_images", self.max_images, "a positive number")
         _require(self.threads >= 0, "threads", self.threads, "0 or more")
 

@@ -100,7 +100,8 @@ def verify(
         error.hint = refusal_hint(graph)
         raise
     accumulators = tuple(measure_accumulators(graph))
-    interpreter = _interpreter(graph, parts, accumulators, settings)
+    usual = _usual_batch(images)
+    interpreter = _interpreter(graph, parts, accumulators, settings, usual)
     total = min(settings.max_images, images.count)
     done = 0
     differing_batch: npt.NDArray[np.float32] | None = None
@@ -262,15 +263,19 @@ def _interpreter(
     parts: Sequence[_Part],
     accumulators: Sequence[Accumulator],
     settings: VerifySettings,
+    usual: int,
 ) -> Interpreter:
-    """The interpreter over the tensors of integers that the parts compare."""
+    """The interpreter over the tensors of integers that the parts compare.
+
+    ``usual``: images that it runs unless the settings say otherwise.
+    """
     targets = [t for part in parts for t in part.targets if t.scale is not None]
     wide = any(entry.input_bits > 8 for entry in accumulators)  # no runtime has int32 there
     return Interpreter(
         graph,
         {target.output: target.scale for target in targets if target.scale is not None},
         {target.output: target.integers for target in targets if target.integers},
-        limit=settings.interpreter_images,
+        limit=usual if settings.interpreter_images is None else settings.interpreter_images,
         accumulator_bits=62 if wide else 32,
         threads=settings.threads,
     )
@@ -315,7 +320,11 @@ def _require_fit(graph: QuantizedGraph, images: ImageSet, path: Path) -> None:
 
 
 def _batch_size(graph: QuantizedGraph, images: ImageSet) -> int:
-    return graph.batch or max(1, min(64, _BATCH_VALUES // math.prod(images.shape)))
+    return graph.batch or _usual_batch(images)
+
+
+def _usual_batch(images: ImageSet) -> int:
+    return max(1, min(64, _BATCH_VALUES // math.prod(images.shape)))
 
 
 def _compile(
