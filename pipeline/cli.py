@@ -180,8 +180,8 @@ class Quantize:
     verify_images: int = 500
     """Most images that the proof runs on."""
     interpreter_images: int | None = None
-    """How many of them the integer interpreter runs, too, in whole batches; 0 for none. By default 64
-    of up to 147x147 pixels, fewer beyond."""
+    """How many of them the integer interpreter runs, too, in whole batches; 0 for none. By default
+    64 of up to 147x147 pixels, fewer beyond."""
     quantization: QuantizeSettings = field(default_factory=QuantizeSettings)
     generation: GenerateSettings = field(default_factory=GenerateSettings)
     input: InputSettings = field(default_factory=InputSettings)
@@ -231,8 +231,8 @@ class Verify:
     max_images: int = 500
     """Most images to run."""
     interpreter_images: int | None = None
-    """How many of them the integer interpreter runs, too, in whole batches; 0 for none. By default 64
-    of up to 147x147 pixels, fewer beyond."""
+    """How many of them the integer interpreter runs, too, in whole batches; 0 for none. By default
+    64 of up to 147x147 pixels, fewer beyond."""
     seed: int = 0
     """Seed of the noise."""
     common: CommonSettings = field(default_factory=CommonSettings)

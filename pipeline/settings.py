@@ -274,8 +274,8 @@ class VerifySettings:
     max_images: int = 500
     """Images to compare."""
     interpreter_images: int | None = None
-    """How many of them the integer interpreter runs, too, in whole batches; 0 for none. By default 64
-    of up to 147x147 pixels, fewer beyond."""
+    """How many of them the integer interpreter runs, too, in whole batches; 0 for none. By default
+    64 of up to 147x147 pixels, fewer beyond."""
     threads: int = 0
     """onnxruntime threads; 0 lets it choose."""
 

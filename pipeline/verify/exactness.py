@@ -1,22 +1,13 @@
-"""Run a quantized file three ways in onnxruntime and in integers, and compare every integer.
-
-Tensors are compared where integers end: at graph outputs that hold dequantized integers, and,
-where a float tail follows (a Softmax, box decoding), at the last integers in front of it, in a
-copy of the model that is cut there. Making an inner tensor an output of the whole model would
-keep onnxruntime from fusing the kernels around it, and so prove something else.
-"""
+"""Run a quantized file three ways in onnxruntime, and in integers, and compare the integers."""
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +17,10 @@ from graph_tools.digests import find_changes
 from graph_tools.errors import DataError, ModelError, VerificationError
 from graph_tools.quantized_graph import QuantizedGraph
 from graph_tools.reading import read_proto
-from graph_tools.saving import loadable
 from pipeline.images import ImageSet
 from pipeline.settings import VerifySettings
 from pipeline.verify.accumulators import Accumulator, measure_accumulators
 from pipeline.verify.compilers import onnxruntime as ort
-from pipeline.verify.cut import cut_at
-from pipeline.verify.differences import DifferenceMeter
 from pipeline.verify.findings import (
     change_failures,
     difference_failures,
@@ -45,8 +33,9 @@ from pipeline.verify.findings import (
     scale_failures,
 )
 from pipeline.verify.interpreter import Interpreter
-from pipeline.verify.kernels import Kernels, name_nodes, read_kernels
+from pipeline.verify.kernels import name_nodes
 from pipeline.verify.localize import first_difference
+from pipeline.verify.parts import Part, compile_parts
 from pipeline.verify.proof import Proof, TensorProof
 from pipeline.verify.scales import check_scales
 from pipeline.verify.stepwise import compare_stepwise
@@ -57,8 +46,6 @@ logger = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int, Mapping[str, float]], None]
 
-_MODES: tuple[ort.Mode, ...] = ("unoptimized", "optimized", "default")
-_PAIRS = tuple(itertools.combinations(_MODES, 2))
 _BATCH_VALUES = 2**22  # input values of one batch: 16 MiB
 
 
@@ -95,7 +82,7 @@ def verify(
     _require_fit(graph, images, path)
 
     try:
-        parts, kernels = _compile(graph, settings, str(path))
+        parts, kernels = compile_parts(graph, settings, str(path))
     except VerificationError as error:
         error.hint = refusal_hint(graph)
         raise
@@ -200,67 +187,9 @@ def _rounding(graph: QuantizedGraph, accumulators: Sequence[Accumulator]) -> set
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Target:
-    """A tensor to compare: its name in the run, and what it stands for.
-
-    ``integers``: where the stored integers are if it is no graph output.
-    """
-
-    output: str
-    name: str
-    scale: float | None
-    feeds: tuple[str, ...] = ()
-    integers: str = ""
-    decides: bool = False
-
-    @property
-    def kind(self) -> Literal["integer output", "float output", "last integers", "decision"]:
-        if self.feeds:
-            return "last integers"
-        if self.decides:
-            return "decision"
-        return "float output" if self.scale is None else "integer output"
-
-
-class _Part:
-    """One model, compiled for every mode, and the meters of its outputs."""
-
-    def __init__(self, runs: Sequence[ort.Compiled], targets: Sequence[_Target]) -> None:
-        self._runs = runs
-        self.targets = targets
-        self.meters = {
-            (target.output, pair): DifferenceMeter(*pair, target.scale)
-            for target in targets
-            for pair in _PAIRS
-        }
-
-    def compare(
-        self, batch: npt.NDArray[np.float32]
-    ) -> dict[ort.Mode, dict[str, npt.NDArray[Any]]]:
-        """Run a batch in every mode and compare; returns the outputs by mode."""
-        values = {run.mode: ort.run(run, batch) for run in self._runs}
-        for (output, (first, second)), meter in self.meters.items():
-            meter.update(values[first][output], values[second][output])
-        return values
-
-    def results(self) -> Iterator[TensorProof]:
-        """Return what was measured, a tensor at a time."""
-        for target in self.targets:
-            yield TensorProof(
-                name=target.name,
-                kind=target.kind,
-                scale=target.scale,
-                feeds=target.feeds,
-                differences=tuple(
-                    self.meters[target.output, pair].result() for pair in _PAIRS
-                ),
-            )
-
-
 def _interpreter(
     graph: QuantizedGraph,
-    parts: Sequence[_Part],
+    parts: Sequence[Part],
     accumulators: Sequence[Accumulator],
     settings: VerifySettings,
     usual: int,
@@ -327,67 +256,7 @@ def _usual_batch(images: ImageSet) -> int:
     return max(1, min(64, _BATCH_VALUES // math.prod(images.shape)))
 
 
-def _compile(
-    graph: QuantizedGraph, settings: VerifySettings, where: str
-) -> tuple[list[_Part], Kernels]:
-    """Compile the file, and the copy that ends where integers end if there are float tails."""
-    with tempfile.TemporaryDirectory(prefix="zsq-") as folder:
-        model = loadable(graph.proto, Path(folder))
-        optimized = Path(folder) / "optimized.onnx"
-        runs = [
-            ort.compile(
-                model,
-                mode,
-                threads=settings.threads,
-                optimized_path=optimized if mode == "optimized" else None,
-                where=where,
-            )
-            for mode in _MODES
-        ]
-        kernels = read_kernels(graph, onnx.load(optimized, load_external_data=False))
-
-    scales = {name: graph.output_scale(name) for name in graph.outputs}
-    targets = [
-        _Target(
-            output=name,
-            name=name,
-            scale=None if scale is None else float(scale),
-            decides=name in graph.decisions,
-        )
-        for name, scale in scales.items()
-    ]
-    parts = [_Part(runs, targets)]
-    feeds: dict[str, list[str]] = {}
-    for name, scale in scales.items():
-        if scale is None:
-            for node in graph.origin(name).dequantizers:
-                feeds.setdefault(node.input[0], []).append(name)
-    if feeds:
-        cut, ends = cut_at(graph, tuple(feeds))
-        with tempfile.TemporaryDirectory(prefix="zsq-") as folder:
-            model = loadable(cut, Path(folder))
-            runs = [
-                ort.compile(model, m, threads=settings.threads, where=where) for m in _MODES
-            ]
-        parts.append(
-            _Part(
-                runs,
-                [
-                    _Target(
-                        output=end.output,
-                        name=end.tensor,
-                        scale=end.scale,
-                        feeds=tuple(feeds[end.integers]),
-                        integers=end.integers,
-                    )
-                    for end in ends
-                ],
-            )
-        )
-    return parts, kernels
-
-
-def _differing(parts: Sequence[_Part]) -> float:
+def _differing(parts: Sequence[Part]) -> float:
     results = [
         tensor.between("unoptimized", "optimized")
         for part in parts

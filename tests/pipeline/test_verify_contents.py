@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -162,6 +163,20 @@ def test_digests_that_cannot_be_read_are_none(text: str):
     model = residual_network()
     model.metadata_props.add(key=KEY, value=text)
     assert find_changes(model) is None
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.int4, ml_dtypes.uint4, np.int16, np.float32])
+def test_a_single_value_of_any_type_is_seen(dtype, tmp_path: Path):
+    model = residual_network()
+    values = np.arange(6).astype(dtype)
+    model.graph.initializer.append(numpy_helper.from_array(values, "more"))
+    stamp(model)
+    onnx.save(model, tmp_path / "m.onnx")
+    model = read_proto(tmp_path / "m.onnx")[0]
+    assert find_changes(model).tensors == ()
+    values[5] = np.asarray(4).astype(dtype)
+    entry(model, "more").CopyFrom(numpy_helper.from_array(values, "more"))
+    assert find_changes(model).tensors == ("more",)
 
 
 def test_digests_are_written_once_and_survive_a_file(tmp_path: Path):
