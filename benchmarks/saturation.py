@@ -67,7 +67,9 @@ def _library_path() -> dict[str, str]:
     return {key: os.environ[key] for key in ("LD_LIBRARY_PATH", "PATH") if key in os.environ}
 
 
-def measure(network: str, weights: str, count: int, emulator: str) -> dict[str, Any]:
+def measure(
+    network: str, weights: str, count: int, emulator: str, calibration: int
+) -> dict[str, Any]:
     from graph_tools.model import load
     from pipeline.cli import main as zsq
     from pipeline.evaluate.datasets import open_dataset
@@ -81,7 +83,14 @@ def measure(network: str, weights: str, count: int, emulator: str) -> dict[str, 
         target, images = folder / "q.onnx", folder / "images.npz"
         options = ["--mean", MEAN, "--std", STD, "--data", str(data / "cifar10_train.zip")]
         arguments = ["quantize", str(source), "-o", str(target), *options, "--quiet"]
-        limits = ["--num-images", "256", "--verify-images", "16", "--weight-range", weights]
+        limits = [
+            "--num-images",
+            str(calibration),
+            "--verify-images",
+            "16",
+            "--weight-range",
+            weights,
+        ]
         assert zsq([*arguments, *limits]) in (0, 1)
         proof = json.loads((folder / "q" / "report.json").read_text())["proof"]
         model = load(source)
@@ -111,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--network", default="cifar10_resnet20")
     parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--calibration", type=int, default=256, help="real images")
     parser.add_argument("--emulator", default="", help="command that runs Python elsewhere")
     parser.add_argument("--run", nargs=3, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -128,7 +138,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     results = {}
     for weights in ("full", "7bit"):
-        found = measure(args.network, weights, args.images, args.emulator)
+        found = measure(args.network, weights, args.images, args.emulator, args.calibration)
         results[weights] = found
         print(
             f"| {weights} | {found['top1_exact']:.2f} | {found['top1_default']:.2f} | "
