@@ -148,7 +148,10 @@ def main() -> None:
         )
     facts = {"network": args.network, "emulator": args.emulator, "weights": results}
     target = ROOT / "benchmarks" / "results" / "saturation.json"
-    target.write_text(json.dumps(facts, indent=1) + "\n")
+    others = json.loads(target.read_text()) if target.is_file() else []
+    same = (facts["network"], facts["emulator"])
+    kept = [entry for entry in others if (entry["network"], entry["emulator"]) != same]
+    target.write_text(json.dumps([*kept, facts], indent=1) + "\n")
 
 
 if __name__ == "__main__":
