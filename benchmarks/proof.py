@@ -1,8 +1,9 @@
-"""Bit-exactness of W8A8 files on 500 images: onnxruntime unoptimized against optimized.
+"""Bit-exactness: onnxruntime unoptimized, optimized, and the integer interpreter, on 200 images.
 
 Run from the repository root; the real networks and images are expected in ../shared:
 
     python benchmarks/proof.py
+    python benchmarks/proof.py --weights 4 --networks cifar10_resnet20
 
 The networks are calibrated with Gaussian noise (what calibrates them does not matter for
 exactness) and verified on real images. Prints a markdown table and writes
@@ -34,6 +35,7 @@ from pipeline.verify import verify
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 CIFAR, IMAGENET, COCO = "cifar10_test_dev.zip", "imagenet_dev.zip", "coco_dev.zip"
+NOISE = 8  # images that calibrate
 HALF = ("0.5",), ("0.5",)
 STANDARD = ("0.485", "0.456", "0.406"), ("0.229", "0.224", "0.225")
 RAW = ("0",), ("0.00392156862745098",)
@@ -47,14 +49,23 @@ CASES: dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], str, str]] = {
     "yolo_fastestv2_coco": ((("0",), ("1",)), COCO, ""),
     "ultraface_rfb320": ((("0.498",), ("0.502",)), COCO, ""),
     "yunet_n_dynamic": (RAW, COCO, "1,3,320,320"),
+    "cifar10_mobilenetv2": (STANDARD, CIFAR, ""),
     "digits_resnet": (HALF, "", ""),
     "digits_mobilenet": (HALF, "", ""),
 }
 
 
-def prove(name: str, count: int, zero_point: str) -> dict[str, Any]:
+def source(name: str) -> Path:
+    """The file of a network, shipped or shared."""
+    shipped = ROOT / "models" / f"{name}.onnx"
+    return shipped if shipped.is_file() else SHARED / "models" / f"{name}.onnx"
+
+
+def prove(
+    name: str, count: int, quantization: QuantizeSettings, *, interpreted: int
+) -> dict[str, Any]:
     (mean, std), data, shape = CASES[name]
-    path = (SHARED / "models" if data else ROOT / "models") / f"{name}.onnx"
+    path = source(name)
     settings = InputSettings(mean=mean, std=std, input_shape=shape)
     preprocessing = Preprocessing(mean=tuple(map(float, mean)), std=tuple(map(float, std)))
     with tempfile.TemporaryDirectory() as folder:
@@ -64,9 +75,9 @@ def prove(name: str, count: int, zero_point: str) -> dict[str, Any]:
                 model=path,
                 output=output,
                 input=settings,
-                generation=GenerateSettings(method="noise", num_images=64),
-                quantization=QuantizeSettings(zero_point=zero_point),  # type: ignore[arg-type]
-                verification=VerifySettings(max_images=1),
+                generation=GenerateSettings(method="noise", num_images=NOISE),
+                quantization=quantization,
+                verification=VerifySettings(max_images=1, interpreter_images=0),
             )
         )
         model = load(path, input_shape=settings.shape())
@@ -82,12 +93,16 @@ def prove(name: str, count: int, zero_point: str) -> dict[str, Any]:
                     rng.uniform(-1, 1, (count, *model.input.shape)).astype(np.float32)
                 )
             chosen = open_images(images)
-        proof = verify(output, chosen, VerifySettings(max_images=count))
+        proof = verify(
+            output, chosen, VerifySettings(max_images=count, interpreter_images=interpreted)
+        )
     return summarize(proof.to_dict())
 
 
 def summarize(proof: dict[str, Any]) -> dict[str, Any]:
     pairs = [t["differences"][0] for t in proof["tensors"] if t["scale"] is not None]
+    interpreter = proof["interpreter"]
+    runs = list(zip(*(t["differences"] for t in interpreter["tensors"]), strict=True))
     return {
         "passed": proof["passed"],
         "onnxruntime": proof["onnxruntime"],
@@ -99,6 +114,30 @@ def summarize(proof: dict[str, Any]) -> dict[str, Any]:
         "num_in_float": len(proof["kernels"]["float"]),
         "in_float": sorted({node["op_type"] for node in proof["kernels"]["float"]}),
         "integer_kernels": proof["kernels"]["integer_kernels"],
+        "interpreter": {
+            **{
+                key: interpreter[key]
+                for key in (
+                    "images",
+                    "elements",
+                    "first_difference",
+                    "accumulator_bits",
+                    "float_nodes",
+                    "overflow",
+                    "refused",
+                )
+            },
+            "seconds": round(interpreter["seconds"], 2),
+            **{
+                f"differing_{run[0]['first']}": sum(pair["differing"] for pair in run)
+                for run in runs
+            },
+        },
+        "default_differing": sum(
+            t["differences"][2]["differing"]
+            for t in proof["tensors"]
+            if t["scale"] is not None
+        ),
         "failures": proof["failures"],
         "warnings": proof["warnings"],
         "seconds": round(proof["seconds"], 2),
@@ -108,23 +147,39 @@ def summarize(proof: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--interpreted", type=int, help="images of the interpreter")
+    parser.add_argument("--weights", type=int, nargs="+", default=[8, 4], choices=[8, 4])
     parser.add_argument("--zero-point", default="auto", choices=["auto", "zero"])
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/proof.json")
     args = parser.parse_args()
+    interpreted = args.images if args.interpreted is None else args.interpreted
     results = {}
-    print("| network | images | integers compared | differing | not in float | in float |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| network | bits | images | integers | unoptimized against optimized | interpreter: "
+        "images | against unoptimized | against optimized | s an image | not in float | in float |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for name in args.networks:
-        found = results[name] = prove(name, args.images, args.zero_point)
-        print(
-            f"| {name} | {found['images']} | {found['elements']:,} | {found['differing']} | "
-            f"{found['num_nodes'] - found['num_in_float']} of {found['num_nodes']} | "
-            f"{' '.join(found['in_float']) or '-'} |",
-            flush=True,
-        )
-    target = ROOT / "benchmarks" / "results" / "proof.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(results, indent=1) + "\n")
+        for weights in args.weights:
+            settings = QuantizeSettings(weights=weights, zero_point=args.zero_point)
+            found = prove(name, args.images, settings, interpreted=interpreted)
+            results[f"{name} W{weights}A8"] = found
+            it = found["interpreter"]
+            told = it["overflow"] or it["refused"]
+            print(
+                f"| {name} | W{weights}A8 | {found['images']} | {found['elements']:,} | "
+                f"{found['differing']} | {it['images']}{told} | "
+                f"{it.get('differing_unoptimized', '-')} | "
+                f"{it.get('differing_optimized', '-')} | "
+                f"{it['seconds'] / max(1, it['images']):.2f} | "
+                f"{found['num_nodes'] - found['num_in_float']} of {found['num_nodes']} | "
+                f"{' '.join(found['in_float']) or '-'} |",
+                flush=True,
+            )
+            for text in found["failures"]:
+                print(f"  {text}", flush=True)
+            args.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from onnx import TensorProto, helper
 
 from graph_tools import weights
 from graph_tools.containers import Container, container_type, refuse_unsupported, width
+from graph_tools.digests import stamp
 from graph_tools.model import Model, initializers
 from graph_tools.quantizer import Plan, QuantizedConstant, TensorQuantizer
 from graph_tools.shapes import outline
@@ -133,7 +134,7 @@ def write_qdq(
 
     Returns:
         An ONNX model (opset 21, IR 10, ai.onnx operators only), with the batch that the loaded
-        file declared.
+        file declared, and digests of what it holds (`graph_tools.digests`).
 
     Raises:
         TargetError: onnxruntime cannot run an operator on 4-bit integers.
@@ -178,6 +179,7 @@ def write_qdq(
             writer.quantize(tensor, source)
     proto = _assemble(model, writer)
     helper.set_model_props(proto, dict(metadata or {}))
+    stamp(proto)
     return proto
 
 

@@ -185,6 +185,9 @@ class Quantize:
     target: str = "onnxruntime"
     """Compiler or chip that the file is for: its rules choose what else would be chosen by flags
     (README, Targets)."""
+    interpreter_images: int | None = None
+    """How many of them the integer interpreter runs, too, in whole batches; 0 for none. By default
+    64 of up to 147x147 pixels, fewer beyond."""
     quantization: QuantizeSettings = field(default_factory=QuantizeSettings)
     generation: GenerateSettings = field(default_factory=GenerateSettings)
     input: InputSettings = field(default_factory=InputSettings)
@@ -205,7 +208,9 @@ class Quantize:
             generation=self.generation,
             quantization=self.quantization,
             verification=VerifySettings(
-                max_images=self.verify_images, threads=self.common.threads
+                max_images=self.verify_images,
+                interpreter_images=self.interpreter_images,
+                threads=self.common.threads,
             ),
             threads=self.common.threads,
             target=self.target,
@@ -224,7 +229,7 @@ class Quantize:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Prove a quantized file: optimized and unoptimized onnxruntime must agree bit by bit."""
+    """Prove a quantized file: onnxruntime, optimized or not, and integers agree bit by bit."""
 
     model: tyro.conf.Positional[Path]
     """Quantized ONNX file."""
@@ -237,6 +242,9 @@ class Verify:
     names with commas between them (zsq targets list)."""
     timeout: float = 900.0
     """Seconds that a compiler gets to compile and run the file."""
+    interpreter_images: int | None = None
+    """How many of them the integer interpreter runs, too, in whole batches; 0 for none. By default
+    64 of up to 147x147 pixels, fewer beyond."""
     seed: int = 0
     """Seed of the noise."""
     common: CommonSettings = field(default_factory=CommonSettings)
@@ -247,7 +255,10 @@ class Verify:
         from pipeline.verify.agreement import parse_targets
 
         settings = VerifySettings(
-            max_images=self.max_images, threads=self.common.threads, timeout=self.timeout
+            max_images=self.max_images,
+            interpreter_images=self.interpreter_images,
+            threads=self.common.threads,
+            timeout=self.timeout,
         )
         if self.targets:
             parse_targets(self.targets)  # a wrong name is said before anything runs

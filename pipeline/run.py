@@ -20,6 +20,7 @@ from graph_tools.errors import SettingsError, ZsqError
 from graph_tools.model import Model, load, save
 from graph_tools.prepare import prepare_for_quantization
 from graph_tools.qdq import write_qdq
+from graph_tools.quantized_graph import QuantizedGraph
 from graph_tools.restore import Restoration, restore_batch_norms
 from graph_tools.saving import data_file
 from graph_tools.side_file import read_side_file
@@ -43,6 +44,7 @@ from pipeline.settings import (
 from pipeline.target_profiles import load_profile
 from pipeline.target_rules import in_form, not_taken, settings_for, with_batch
 from pipeline.verify import verify
+from pipeline.verify.accumulators import refuse_overflow
 from pipeline.verify.agreement import Agreement, compare_targets
 from pipeline.verify.proof import Proof
 
@@ -175,7 +177,9 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
                 metadata=properties,
                 container=job.quantization.container,
             )
-            save(in_form(profile, proto), written)
+            proto = in_form(profile, proto)
+            refuse_overflow(QuantizedGraph(proto))
+            save(proto, written)
             quantization.plan.save(work / "plan.json")
         with clock("verify"):
             proof = verify(

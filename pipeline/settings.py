@@ -127,6 +127,10 @@ class QuantizeSettings:
     weight_scale: Literal["pot", "free"] = "pot"
     """pot: the scales of weights are powers of two; free: any number, one a channel, to see the
     price of that. Activations stay powers of two, but requantization is no shift any more."""
+    weight_range: Literal["full", "7bit"] = "full"
+    """full: 8-bit weights are -128..127; 7bit: -64..63, so that kernels which add two products in
+    16 bits (x64 CPUs without VNNI in onnxruntime's default mode and in OpenVINO) cannot saturate.
+    It costs accuracy; weights of fewer bits stay as they are."""
     container: Literal["int8", "int4"] = "int8"
     """Type that holds integers of 4 bits and fewer: int8 (uint8 behind a Clip), for which
     onnxruntime has integer kernels, or int4 (uint4; opset 21), half the size. The values are the
@@ -286,12 +290,17 @@ class VerifySettings:
 
     max_images: int = 500
     """Images to compare."""
+    interpreter_images: int | None = None
+    """How many of them the integer interpreter runs, too, in whole batches; 0 for none. By default
+    64 of up to 147x147 pixels, fewer beyond."""
     threads: int = 0
     """onnxruntime threads; 0 lets it choose."""
     timeout: float = 900.0
     """Seconds that another compiler gets to compile and run the file."""
 
     def __post_init__(self) -> None:
+        count = self.interpreter_images
+        _require(count is None or count >= 0, "interpreter_images", count, "0 or more")
         _require(self.max_images > 0, "max_images", self.max_images, "a positive number")
         _require(self.timeout > 0, "timeout", self.timeout, "a positive number")
         _require(self.threads >= 0, "threads", self.threads, "0 or more")

@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx
 
+from graph_tools.digests import stamp
 from graph_tools.errors import SettingsError
 from graph_tools.model import Model
 from graph_tools.opset import to_older_opset
@@ -117,4 +118,6 @@ def in_form(profile: TargetProfile, proto: onnx.ModelProto) -> onnx.ModelProto:
     rules = profile.rules or Rules()
     if not rules.opset:
         return proto
-    return to_older_opset(proto, rules.opset, where=f"target {profile.name}")
+    older = to_older_opset(proto, rules.opset, where=f"target {profile.name}")
+    stamp(older)  # nodes have other forms now
+    return older

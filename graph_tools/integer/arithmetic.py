@@ -207,19 +207,21 @@ def requantize(
         if float(np.max(wide)) >= _WIDE:
             raise IntegerOverflowError("a quotient leaves 64 bits")
         rounded = _round_quotient(numerator, value.divisor << down)
-    return np.clip(np.clip(rounded, -2 * limit, 2 * limit) + zero_point, low, high)
+    found: Integers = np.clip(rounded, low - zero_point, high - zero_point, out=rounded)
+    return np.add(found, zero_point, out=found)
 
 
 def _shift_down(values: Integers, shift: Integers) -> Integers:
     """``values / 2**shift``, round half to even."""
     if not np.any(shift):
-        return values
-    floor = values >> shift
-    rest = values - (floor << shift)
-    half = np.where(shift > 0, _ONE << np.maximum(shift - 1, 0), 1)
-    up = (rest > half) | ((rest == half) & (floor & 1 == 1))
-    result: Integers = floor + np.where(shift > 0, up, False)
-    return result
+        return values.copy()
+    # Just less than a half is added, and one more where the floor is odd.
+    odd = values >> shift
+    odd &= shift > 0
+    odd += np.where(shift > 0, (_ONE << np.maximum(shift - 1, 0)) - 1, 0)
+    odd += values
+    odd >>= shift
+    return odd
 
 
 def _round_quotient(numerator: Integers, divisor: Integers) -> Integers:

@@ -46,6 +46,11 @@ class Lookup:
     index: Integers
     values: npt.NDArray[np.float32]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
+        return self.index.shape
+
     def to_float(self) -> npt.NDArray[np.float32]:
         """The tensor."""
         found: npt.NDArray[np.float32] = self.values[self.index]

@@ -1,7 +1,9 @@
 """Sums of products on integers: convolutions and matrix products.
 
-Sums are taken in 64 bits; the caller checks them against the accumulator. The products of
-matrices are torch's, in int64, as numpy's take forty times as long.
+Sums are exact, and the caller checks them against the accumulator. They are taken by torch's matrix
+products, in the smallest type that holds every partial sum of the worst case: float32 up to 2**24
+and float64 up to 2**53 hold all integers, so that nothing is rounded there in any order of summing;
+int64 beyond.
 """
 
 from __future__ import annotations
@@ -17,10 +19,29 @@ from graph_tools.integer.windows import Windows
 __all__ = ["convolve", "convolve_transposed", "matrix_product"]
 
 
-def _product(first: Integers, second: Integers) -> Integers:
-    a, b = (torch.from_numpy(np.array(x, order="C")) for x in (first, second))
-    found: Integers = torch.matmul(a, b).numpy()
+def _magnitude(values: Integers) -> int:
+    return max(int(values.max(initial=0)), -int(values.min(initial=0)))
+
+
+def _exact_type(largest: int) -> torch.dtype:
+    """The fastest type that holds all integers up to ``largest``."""
+    if largest <= 2**24:
+        return torch.float32
+    return torch.float64 if largest <= 2**53 else torch.int64
+
+
+def _tensor(values: Integers, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(np.require(values, requirements=["C", "W"])).to(dtype)
+
+
+def _integers(values: torch.Tensor) -> Integers:
+    found: Integers = values.to(torch.int64).numpy()
     return found
+
+
+def _largest_sum(x: Integers, weight: Integers, axis: int | tuple[int, ...]) -> int:
+    """Largest magnitude of any partial sum; ``axis``: those of the weight that are summed."""
+    return _magnitude(x) * int(np.abs(weight).sum(axis=axis).max(initial=0))
 
 
 def _channel_exponent(weight: Fixed, axis: int, channels: int, rank: int) -> Integers:
@@ -51,19 +72,24 @@ def convolve(x: Fixed, weight: Fixed, *, windows: Windows, groups: int) -> Fixed
     """
     channels, rank = weight.shape[0], x.mantissa.ndim
     exponent = _scalar(x) + _channel_exponent(weight, 0, channels, rank)
-    padded = windows.padded(x.mantissa, 0)
-    count, size = len(padded), windows.output_size(x.shape[2:])
+    largest = _largest_sum(x.mantissa, weight.mantissa, tuple(range(1, weight.mantissa.ndim)))
+    dtype = _exact_type(largest)
+    padded = _tensor(windows.padded(x.mantissa, 0), dtype)
+    size = windows.output_size(x.shape[2:])
     inner = weight.shape[1]
-    kernel = weight.mantissa.reshape(groups, channels // groups, inner, -1)
-    total = np.zeros((count, groups, channels // groups, int(np.prod(size))), np.int64)
-    for index, part in enumerate(windows.positions(padded, size)):
-        data = part.reshape(count, groups, inner, -1)
-        column = kernel[..., index]
+    kernel = _tensor(weight.mantissa, dtype).reshape(groups, channels // groups, inner, -1)
+    total = torch.zeros(
+        (len(padded), groups, channels // groups, int(np.prod(size))), dtype=dtype
+    )
+    for image, result in zip(padded, total, strict=True):
+        places = [part.reshape(groups, inner, -1) for part in windows.positions(image, size)]
         if inner == 1:
-            total += column[None] * data
+            for index, data in enumerate(places):
+                result.addcmul_(kernel[..., index], data)
         else:
-            total += _product(column[None], data)
-    return Fixed(mantissa=total.reshape(count, channels, *size), exponent=exponent)
+            columns = torch.stack(places, dim=2).reshape(groups, -1, result.shape[-1])
+            torch.matmul(kernel.reshape(groups, channels // groups, -1), columns, out=result)
+    return Fixed(mantissa=_integers(total).reshape(-1, channels, *size), exponent=exponent)
 
 
 def convolve_transposed(
@@ -89,10 +115,11 @@ def convolve_transposed(
         )
     ]
     total = np.zeros((count, groups, outer, *full), np.int64)
-    data = x.mantissa.reshape(count, groups, x.shape[1] // groups, -1)
-    kernels = weight.mantissa.reshape(groups, x.shape[1] // groups, outer, -1)
+    dtype = _exact_type(_largest_sum(x.mantissa, weight.mantissa, 0))
+    data = _tensor(x.mantissa, dtype).reshape(count, groups, x.shape[1] // groups, -1)
+    kernels = _tensor(weight.mantissa, dtype).reshape(groups, x.shape[1] // groups, outer, -1)
     for index, offsets in enumerate(np.ndindex(*windows.kernel)):
-        part = _product(np.moveaxis(kernels[..., index], 1, 2)[None], data)
+        part = _integers(torch.matmul(kernels[..., index].transpose(1, 2)[None], data))
         place: tuple[slice, ...] = tuple(
             slice(offset * dilation, offset * dilation + (size - 1) * stride + 1, stride)
             for offset, dilation, size, stride in zip(
@@ -130,7 +157,11 @@ def matrix_product(first: Fixed, second: Fixed) -> Fixed:
         ):
             raise ValueError("the scales vary over an axis that is summed")
     exponent = _drop_summed(first) + _drop_summed(second)
-    return Fixed(mantissa=_product(first.mantissa, second.mantissa), exponent=exponent)
+    dtype = _exact_type(
+        _largest_sum(first.mantissa, second.mantissa, -2 % second.mantissa.ndim)
+    )
+    a, b = (_tensor(value.mantissa, dtype) for value in (first, second))
+    return Fixed(mantissa=_integers(torch.matmul(a, b)), exponent=exponent)
 
 
 def _drop_summed(value: Fixed) -> Integers:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
+import torch
 from onnx import NodeProto
 
 from graph_tools.integer.arithmetic import Fixed, Integers
 from graph_tools.quantized_graph import attribute
 
 __all__ = ["Windows", "average_pool", "max_pool", "mean", "read_windows"]
+
+_Array = TypeVar("_Array", Integers, torch.Tensor)
 
 _LEAST = np.iinfo(np.int64).min
 
@@ -56,8 +60,13 @@ class Windows:
             return values
         return np.pad(values, widths, constant_values=filler)
 
-    def positions(self, padded: Integers, size: Sequence[int]) -> Iterator[Integers]:
-        """For each place in the kernel, the elements under it in every window."""
+    def positions(self, padded: _Array, size: Sequence[int]) -> Iterator[_Array]:
+        """For each place in the kernel, the elements under it in every window.
+
+        Args:
+            padded: [..., height, width], numpy or torch; spatial axes last.
+            size: of the output's spatial axes.
+        """
         for offsets in itertools.product(*map(range, self.kernel)):
             place: tuple[slice, ...] = tuple(
                 slice(first := offset * dilation, first + (count - 1) * stride + 1, stride)

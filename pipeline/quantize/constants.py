@@ -70,6 +70,8 @@ def quantize_site(
     settings: QuantizeSettings,
 ) -> QuantizedConstant:
     """Integers of the weight of one operator, rounded to nearest."""
+    if settings.weight_range == "7bit":
+        bits = min(bits, 7)
     return quantize_weight(
         site,
         values[site.weight],

@@ -40,8 +40,8 @@ _POSITIONS = 2**15  # of a tensor, over all images of a step, that are enough
 _WARM_UP = 0.2  # share of the steps before the regularizer sets in
 _SETTLING = 0.5  # steps for the biases alone, as a share of those for all
 _CHECK = 0.1  # share of the steps after which unchanged roundings are final
-_LEARNING_RATE = 3e-2  # of Adam, for the logits; few steps need more than the usual 1e-3
-_BIAS_RATE = 1e-2  # of Adam, in standard deviations of a channel
+_LEARNING_RATE = 1e-1  # of Adam, for the logits; few steps need more than the usual 1e-3
+_BIAS_RATE = 3e-2  # of Adam, in standard deviations of a channel
 _REGULARIZATION = 0.01
 
 

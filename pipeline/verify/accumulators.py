@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto
 
+from graph_tools.errors import IntegerOverflowError
 from graph_tools.quantized_graph import QuantizedGraph, attribute
 from pipeline.verify.scales import is_power_of_two
 
-__all__ = ["Accumulator", "measure_accumulators"]
+__all__ = ["Accumulator", "measure_accumulators", "refuse_overflow"]
 
 _PAIR_LIMIT = 2**15 - 1  # of the sum of two products
 
@@ -92,6 +93,26 @@ def measure_accumulators(graph: QuantizedGraph) -> Iterator[Accumulator]:
             overflows_int32=bits > 32,
             may_saturate=_may_saturate(weights, span),
             input_bits=int(graph.integer_type(data).name.lstrip("uint")),
+        )
+
+
+def refuse_overflow(graph: QuantizedGraph) -> None:
+    """Refuse a network whose 32-bit sums can overflow, whatever the image.
+
+    Inputs of 16 bits are let through: no runtime adds their products in 32 bits, and the proof
+    reports what they need.
+
+    Raises:
+        IntegerOverflowError: names the layer that needs most, and what to do.
+    """
+    over = [e for e in measure_accumulators(graph) if e.overflows_int32 and e.input_bits <= 8]
+    if over:
+        worst = max(over, key=lambda entry: entry.bits)
+        more = f", and {len(over) - 1} more layers overflow" if len(over) > 1 else ""
+        raise IntegerOverflowError(
+            f"its sums can need {worst.bits} bits, int32 overflows{more}",
+            where=f"{worst.op_type} {worst.node}",
+            hint=f"fewer bits there make it fit: --bits '{worst.node}=W4'",
         )
 
 

@@ -7,15 +7,20 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from onnx import NodeProto
 
+from graph_tools.digests import Changes
 from graph_tools.quantized_graph import QuantizedGraph
 from pipeline.verify.accumulators import Accumulator
 from pipeline.verify.cpu import read_cpu
+from pipeline.verify.interpreter import Interpreted
 from pipeline.verify.proof import Saturation, TensorProof
 from pipeline.verify.scales import ScaleCheck
 
 __all__ = [
+    "change_failures",
     "difference_failures",
     "find_warnings",
+    "interpreter_differences",
+    "interpreter_failures",
     "measure_saturation",
     "overflow_failures",
     "refusal_hint",
@@ -63,6 +68,42 @@ def difference_failures(tensors: Sequence[TensorProof]) -> Iterator[str]:
                 f"{tensor.name}: {pair.differing:,} of {pair.elements:,} decisions differ "
                 "between the unoptimized and the optimized run"
             )
+
+
+def interpreter_differences(interpreted: Interpreted) -> Iterator[str]:
+    """Say where onnxruntime and the integer interpreter part."""
+    for entry in interpreted.tensors:
+        for pair in (entry.unoptimized, entry.optimized):
+            if pair.differing:
+                yield (
+                    f"{entry.name}: {pair.differing:,} of {pair.elements:,} integers "
+                    f"({100 * pair.share:.3g} %) differ between the {pair.first} run and the "
+                    f"integer interpreter, by up to {pair.largest_steps:g} steps"
+                )
+    if interpreted.traced is not None:
+        yield (
+            "the unoptimized run parts from the integer interpreter at "
+            f"{interpreted.traced.difference}"
+        )
+
+
+def interpreter_failures(interpreted: Interpreted) -> Iterator[str]:
+    """Say what overflows an accumulator on these images."""
+    if interpreted.overflow:
+        yield f"the integer interpreter overflows: {interpreted.overflow}"
+
+
+def change_failures(changes: Changes | None) -> Iterator[str]:
+    """Say what is not as it was written."""
+    if changes is None:
+        return
+    for names, text in (
+        (changes.tensors, "contents changed since the file was written, tensor"),
+        (changes.nodes, "wiring changed since the file was written, node"),
+        (changes.missing, "missing since the file was written"),
+    ):
+        if names:
+            yield f"{text} ({len(names)}): {_list(names)}"
 
 
 def scale_failures(scales: ScaleCheck) -> Iterator[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from graph_tools.digests import Changes
 from pipeline.verify.accumulators import Accumulator
 from pipeline.verify.cpu import Cpu
 from pipeline.verify.differences import Difference
+from pipeline.verify.interpreter import Interpreted
 from pipeline.verify.kernels import Kernels
 from pipeline.verify.scales import ScaleCheck
 from pipeline.verify.stepwise import Stepwise
@@ -16,6 +18,7 @@ from pipeline.verify.stepwise import Stepwise
 __all__ = ["Proof", "Saturation", "TensorProof"]
 
 _SHOWN = 5
+_REMEDY = "which `zsq quantize --weight-range 7bit` rules out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,8 @@ class Proof:
         failures: what does not hold, in words; the proof passes when there is none.
         warnings: what holds but may surprise.
         seconds: time taken.
+        interpreted: the integer interpreter against both runs.
+        changes: what is not as it was written; None for a file without digests.
         stepwise: where float sums round and runs differ, each tensor from equal integers; no
             difference fails the proof if these are within one step.
     """
@@ -124,6 +129,8 @@ class Proof:
     warnings: tuple[str, ...]
     seconds: float
     stepwise: Stepwise | None = None
+    interpreted: Interpreted = field(default_factory=Interpreted)
+    changes: Changes | None = None
 
     @property
     def passed(self) -> bool:
@@ -141,7 +148,8 @@ class Proof:
         ``passed``, ``model``, ``onnxruntime``, ``images``, ``seconds``, ``failures``,
         ``warnings``: as the fields; ``elements``, ``differing``: of the integer tensors,
         unoptimized against optimized run; ``tensors``: list of `TensorProof`; ``kernels``:
-        `Kernels`; ``stepwise``: `Stepwise` or None; ``saturation``: `Saturation`; ``scales``:
+        `Kernels`; ``stepwise``: `Stepwise` or None; ``interpreter``: `Interpreted`;
+        ``changes``: `Changes` or None; ``saturation``: `Saturation`; ``scales``:
         `ScaleCheck`; ``accumulators``: ``largest_bits`` (0 without weighted nodes),
         ``simulation_exact`` (all of them) and ``nodes``, list of `Accumulator`.
         """
@@ -159,6 +167,8 @@ class Proof:
             "tensors": [tensor.to_dict() for tensor in self.tensors],
             "kernels": self.kernels.to_dict(),
             "stepwise": None if self.stepwise is None else self.stepwise.to_dict(),
+            "interpreter": self.interpreted.to_dict(),
+            "changes": None if self.changes is None else self.changes.to_dict(),
             "saturation": self.saturation.to_dict(),
             "scales": self.scales.to_dict(),
             "accumulators": {
@@ -172,6 +182,8 @@ class Proof:
         """The proof in a few lines for a terminal, verdict last."""
         lines = [
             *(_tensor_line(tensor) for tensor in self.tensors),
+            self.interpreted.line(),
+            _contents_line(self.changes),
             self._scale_line(),
             self._kernel_line(),
             *self._float_lines(),
@@ -235,14 +247,25 @@ class Proof:
         it, cpu = self.saturation, self.saturation.cpu
         if not it.saturates:
             risk = len(it.nodes_at_risk)
-            others = f"; on x64 CPUs without VNNI up to {risk} nodes could" if risk else ""
+            others = (
+                f"; on x64 CPUs without VNNI up to {risk} nodes could, {_REMEDY}"
+                if risk
+                else ""
+            )
             return f"saturation: none measured on this CPU ({cpu.describe()}){others}"
         top1 = f", {it.top1_changes} of {it.rows} first choices" if it.rows else ""
         return (
             f"saturation: this CPU ({cpu.describe()}) saturates: without "
             f"session.x64quantprecision=1 {100 * it.share:.2f} % of elements change, by up to "
-            f"{it.largest_steps:g} steps{top1}"
+            f"{it.largest_steps:g} steps{top1}; {_REMEDY}"
         )
+
+
+def _contents_line(changes: Changes | None) -> str:
+    if changes is None:
+        return "contents: the file has no digests, so they were not compared"
+    count = len(changes.tensors) + len(changes.nodes) + len(changes.missing)
+    return f"contents: {count or 'no'} tensors and nodes are not as they were written"
 
 
 def _free_words(scales: ScaleCheck) -> str:

@@ -151,6 +151,10 @@ CASES = {
     "leaky relu": one("LeakyRelu", alpha=0.1),
     "tanh": one("Tanh"),
     "gain": with_constants("Mul", np.float32(0.3)),
+    "gain of a higher rank": with_constants("Add", np.full((1, 1, 1, 1, 1), 0.3, np.float32)),
+    "gain per channel": with_constants(
+        "Div", np.float32([1.4, 3, -0.7, 7]).reshape(4, 1, 1)
+    ),
 }  # fmt: skip
 
 
@@ -165,12 +169,12 @@ def test_operators_give_the_integers_of_onnxruntime(name, dtype):
     model = g.model({"out": _rank(name)})
     run = assert_equal_runs(model, strict=True)
     assert bool(run.tables) == (
-        name in {"sigmoid", "hard swish", "leaky relu", "tanh", "gain"}
+        name in {"sigmoid", "hard swish", "leaky relu", "tanh"} or name.startswith("gain")
     )
 
 
 def _rank(name: str) -> int:
-    return 2 if name == "gemm" else 4
+    return {"gemm": 2, "gain of a higher rank": 5}.get(name, 4)
 
 
 @pytest.mark.parametrize("area", [(3, 3), (7, 7), (5, 6), (9, 10)])
