@@ -126,6 +126,11 @@ class TargetProfile:
     verify: Check | None = None
     rules: Rules | None = None
 
+    @property
+    def note(self) -> str:
+        """What whoever quantizes for it must know; "" if nothing."""
+        return self.rules.note if self.rules is not None else ""
+
 
 def profile_names() -> tuple[str, ...]:
     """Return the names of all targets, sorted."""
