@@ -196,6 +196,7 @@ class Quantize:
     def run(self) -> tuple[int, dict[str, Any]]:
         """The whole way."""
         from pipeline.run import QuantizeJob, default_output, quantize_file
+        from pipeline.target_profiles import load_profile
 
         job = QuantizeJob(
             model=self.model,
@@ -221,6 +222,8 @@ class Quantize:
         if not _silent(self.common):
             _print_restoration(result.report["restoration"])
             _print_result(result.report)
+            if note := load_profile(self.target).note:
+                _stdout.print(f"target {self.target}: {note}", markup=False)
             _stdout.print(
                 f"\nmodel   {result.output}\nreport  {result.folder / 'report.html'}"
             )
@@ -721,10 +724,15 @@ def _print_agreement(agreement: Agreement) -> None:
             markup=False,
         )
     ran = [row for row in agreement.rows if row.ran]
+    if all(row.skipped for row in agreement.rows):
+        _stdout.print("nothing was compared: none of these compilers is installed")
+        return
     exact = sum(not row.differing for row in ran)
+    differing = len(ran) - exact
+    explained = f", {differing} may differ" if agreement.passed and differing else ""
     _stdout.print(
         f"{'PASSED' if agreement.passed else 'FAILED'}: {exact} of {len(ran)} runs give the "
-        f"interpreter's integers, {agreement.images} images"
+        f"interpreter's integers{explained}, {agreement.images} images"
     )
 
 

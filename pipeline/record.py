@@ -95,7 +95,7 @@ def flat_settings(job: QuantizeJob) -> dict[str, Any]:
     inputs = asdict(job.input)
     inputs["input"] = [entry.rpartition("=")[0] for entry in job.input.input]
     quantization = asdict(job.quantization)
-    for name in ("signedness", "weight_granularity", "bias_storage"):
+    for name in ("signedness", "weight_granularity", "bias_storage", "fused_sums"):
         if quantization[name] == "auto":  # as in files that were written before these existed
             del quantization[name]
     return {

@@ -160,6 +160,9 @@ class QuantizeSettings:
     """Scales of a weight: one for each output channel (auto), or one for the whole tensor."""
     bias_storage: Literal["auto", "int32", "float"] = "auto"
     """Biases in int32 behind a DequantizeLinear (auto), or the same values in float."""
+    fused_sums: Literal["auto", "yes"] = "auto"
+    """yes: what a convolution gives only to an Add is rounded once, behind the Add, as compilers
+    compute it that fuse the two (OpenVINO); auto: before the Add, too."""
     outlier_z: float = 0.0
     """Values further than this many standard deviations from a tensor's mean do not count when its
     threshold is chosen (published: 24); 0 counts all."""

@@ -80,6 +80,7 @@ class Rules:
         zero_point: ``zero``: no other one.
         weight_granularity: ``channel`` or ``tensor``: scales of a weight.
         bias_storage: ``int32`` or ``float``.
+        fused_sums: ``yes``: it does not round between a convolution and the sum behind it.
         weight_scale: ``pot``: powers of two alone.
         container: ``int8``: no narrower type.
         scheme: ``full``: every tensor that crosses an operator is quantized.
@@ -95,6 +96,7 @@ class Rules:
     zero_point: str = ""
     weight_granularity: str = ""
     bias_storage: str = ""
+    fused_sums: str = ""
     weight_scale: str = ""
     container: str = ""
     scheme: str = ""
@@ -123,6 +125,11 @@ class TargetProfile:
     install: Install | None = None
     verify: Check | None = None
     rules: Rules | None = None
+
+    @property
+    def note(self) -> str:
+        """What whoever quantizes for it must know; "" if nothing."""
+        return self.rules.note if self.rules is not None else ""
 
 
 def profile_names() -> tuple[str, ...]:

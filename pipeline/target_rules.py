@@ -20,6 +20,7 @@ __all__ = ["in_form", "not_taken", "settings_for", "with_batch"]
 _DEMANDS = (
     "bias_storage",
     "container",
+    "fused_sums",
     "scheme",
     "signedness",
     "weight_granularity",

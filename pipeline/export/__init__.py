@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from graph_tools.errors import SettingsError, ZsqError
+from graph_tools.errors import SettingsError, TargetError, ZsqError
 from graph_tools.reading import read_proto
 from pipeline.export.calibration import write_calibration
 from pipeline.export.converter import convert
@@ -72,6 +72,10 @@ def export(
             + ", ".join(EXPORTS),
         )
     proto, _ = read_proto(path)
+    if not any(node.op_type == "QuantizeLinear" for node in proto.graph.node):
+        raise TargetError(
+            "is not quantized", where=str(path), hint="run `zsq quantize` on it first"
+        )
     network = FakeQuantized(proto)
     with _folder(output) as work:
         if profile.name == "imx500":

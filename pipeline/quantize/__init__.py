@@ -170,7 +170,13 @@ class _Layout:
         tail = find_integer_tail(model.proto)
         graph = TorchGraph(model.proto, outputs=tail.ends)
         ending = replace(model, outputs=tail.ends)
-        placement = place(ending, graph.steps, scheme=settings.scheme, shifted=shifted)
+        placement = place(
+            ending,
+            graph.steps,
+            scheme=settings.scheme,
+            fused_sums=settings.fused_sums == "yes",
+            shifted=shifted,
+        )
         if not placement.weighted:
             raise ModelError(
                 "no convolution, Gemm or MatMul with constant weights",

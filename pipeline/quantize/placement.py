@@ -13,6 +13,7 @@ arithmetic behind the last weights    none: decoding stays in float, and so does
 what a Div divides by, or Log reads   none, nor the arithmetic that leads there: tiny values
                                       count there, and zero is no number to divide by
 positions that GridSample, ... read   none, nor the arithmetic that leads there
+what only an Add reads of a Conv      on request none: it is rounded once, behind the Add
 non-linearities that are shifted      none; the sum with the shift has one, unsigned
 integers, booleans, shapes            none
 ====================================  ==========================================================
@@ -53,6 +54,7 @@ _KEEPS_SIGN = frozenset(  # never negative if no input is
     "Add AveragePool Concat Div GlobalAveragePool Max Mean Min Mul Pow ReduceMax ReduceMean "
     "ReduceMin ReduceSum Resize Sum".split()
 )
+_SUMS = frozenset({"Add", "Sub", "Sum"})
 _CONSTANT_OPERANDS = frozenset({"Add", "Sub", "Mul", "Div"})
 _DECODING = frozenset(  # after the last weights these start the part that stays in float
     "ArgMax ArgMin Ceil Cos Div Exp Floor Log LogSoftmax Mod NonMaxSuppression Pow Range "
@@ -141,6 +143,7 @@ def place(
     steps: Sequence[Step],
     *,
     scheme: Literal["full", "academic"] = "full",
+    fused_sums: bool = False,
     shifted: Mapping[str, str] | None = None,
 ) -> Placement:
     """Decide which tensors of a prepared network are quantized.
@@ -149,9 +152,11 @@ def place(
         model: the network, prepared for quantization.
         steps: its operators in topological order.
         scheme: every tensor of the table, or those of the academic scheme.
+        fused_sums: what convolutions give only to a sum is rounded behind the sum alone.
         shifted: tensors that are shifted until they are not negative, with the shifted tensor.
     """
-    return _Placer(model, steps, scheme == "academic", shifted or {}).run()
+    academic = scheme == "academic"
+    return _Placer(model, steps, academic, fused_sums, shifted or {}).run()
 
 
 class _Placer:
@@ -160,10 +165,11 @@ class _Placer:
         model: Model,
         steps: Sequence[Step],
         academic: bool,
+        fused_sums: bool,
         shifted: Mapping[str, str],
     ) -> None:
         self.model, self.steps = model, steps
-        self.academic, self.shifted = academic, shifted
+        self.academic, self.fused_sums, self.shifted = academic, fused_sums, shifted
         self.constants = initializers(model.proto)
         self.types = _element_types(model.proto)
         self.readers: dict[str, list[Step]] = {}
@@ -248,6 +254,38 @@ class _Placer:
             )
         return found
 
+    def _fused_branches(self, apart: set[str]) -> dict[str, FloatNode]:
+        """What is rounded behind a sum only, by tensor: a Conv's result, and its Relu's or Clip's.
+
+        OpenVINO makes one kernel of the Conv and the sum, and skips a quantizer in between.
+
+        Args:
+            apart: nodes and tensors that stay in float: such sums have no quantizer behind.
+        """
+        found = {}
+        for step in self.steps if self.fused_sums else ():
+            if step.name not in self.weighted or step.op_type != "Conv":
+                continue
+            branch = [step]
+            reader = self._only_reader(step.outputs[0])
+            if reader is not None and reader.op_type in _ACTIVATIONS:
+                branch.append(reader)
+                reader = self._only_reader(reader.outputs[0])
+            if (
+                reader is None
+                or reader.op_type not in _SUMS
+                or {reader.name, reader.outputs[0]} & apart
+                or any(name in self.constants for name in reader.inputs)
+            ):
+                continue
+            for node in branch:
+                found[node.outputs[0]] = FloatNode(
+                    node=node.name,
+                    op_type=node.op_type,
+                    reason=f"only {reader.name} reads its result, which is rounded behind it",
+                )
+        return found
+
     def _float_nodes(self) -> dict[str, FloatNode]:
         """Decoding behind the last weighted operator, and all that depends on it."""
         before_weights, _ = self._before_weights()
@@ -317,9 +355,9 @@ class _Placer:
 
     def run(self) -> Placement:
         floats = self._float_nodes()
-        results = self._float_results()
         live = self._live()
         unrounded = self._unrounded()
+        results = self._float_results() | self._fused_branches({*floats, *unrounded})
         input_name = self.model.input.name
         root: dict[str, str] = {input_name: input_name}
         roots, shares = [input_name], {}

@@ -19,6 +19,7 @@ from graph_tools.quantized_graph import QuantizedGraph
 from graph_tools.saving import loadable
 from pipeline.verify.compilers import onnxruntime as ort
 from pipeline.verify.differences import Difference, DifferenceMeter
+from pipeline.verify.reference import zero_point
 
 __all__ = ["Compared", "Interpreted", "Interpreter", "Traced"]
 
@@ -240,8 +241,7 @@ class Interpreter:
         stored = self._integers[name]
         reader = next(n for n in self._graph.dequantizers if n.input[0] == stored)
         scale = self._graph.scale(reader)
-        zero = self._graph.constant(reader.input[2]) if len(reader.input) > 2 else None
-        middle = 0 if zero is None else int(zero.reshape(-1)[0])
+        middle = zero_point(self._graph, reader)
         step = 1.0 if scale is None else float(scale.reshape(-1)[0])
         return ((integers[stored] - middle) * step).astype(np.float32)
 

@@ -265,7 +265,9 @@ def _contents_line(changes: Changes | None) -> str:
     if changes is None:
         return "contents: the file has no digests, so they were not compared"
     count = len(changes.tensors) + len(changes.nodes) + len(changes.missing)
-    return f"contents: {count or 'no'} tensors and nodes are not as they were written"
+    if not count:
+        return "contents: all tensors and nodes are as they were written"
+    return f"contents: {count} tensors and nodes are not as they were written"
 
 
 def _free_words(scales: ScaleCheck) -> str:

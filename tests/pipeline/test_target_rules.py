@@ -17,6 +17,7 @@ from pipeline.cli import main
 from pipeline.settings import QuantizeSettings
 from pipeline.target_profiles import Rules, TargetProfile, load_profile, profile_names
 from pipeline.target_rules import not_taken, settings_for
+from pipeline.verify.agreement import has_rounded_branch
 
 TEXT = """<ir_version: 8, opset_import: ["" : 17]>
 net (float[N,3,8,8] x) => (float[N,5] y) {
@@ -133,12 +134,23 @@ def test_a_relu_before_signed_integers_stands_behind_its_operator(quantized):
         assert graph.consumers[relu.output[0]][0].op_type == "QuantizeLinear"
 
 
-@pytest.mark.parametrize("target", ["tensorrt", "vitis"])
+@pytest.mark.parametrize("target", ["openvino", "tensorrt", "vitis"])
 def test_the_interpreter_agrees_with_onnxruntime(quantized, target, run_onnx):
     _, proto = quantized("--target", target)
     image = np.random.default_rng(2).standard_normal((1, 3, 8, 8)).astype(np.float32)
     found = IntegerNetwork(proto).run(image).outputs["y"]
     assert np.array_equal(found, run_onnx(proto, image)[0])
+
+
+def test_openvino_gets_no_rounding_between_a_convolution_and_its_add(network, tmp_path):
+    """In the other files there is one, where the convolution has no second reader."""
+    found = {}
+    for target in ("onnxruntime", "openvino"):
+        path = tmp_path / f"{target}.onnx"
+        words = ["--method", "noise", "--num-images", "8", "--quiet", "--target", target]
+        assert main(["quantize", str(network), "-o", str(path), *words]) == 0
+        found[target] = has_rounded_branch(QuantizedGraph(onnx.load(path)))
+    assert found == {"onnxruntime": True, "openvino": False}
 
 
 def test_vitis_gets_one_scale_a_tensor_at_an_older_opset(quantized):
@@ -173,6 +185,7 @@ def test_metadata_of_the_default_target_is_as_before(quantized):
     properties = {entry.key: entry.value for entry in proto.metadata_props}
     assert "zsq.target" not in properties
     assert "signedness" not in properties["zsq.settings"]
+    assert "fused_sums" not in properties["zsq.settings"]
 
 
 def test_an_older_opset_refuses_what_it_has_not():

@@ -126,3 +126,13 @@ def test_hls4ml_simulates_the_same_integers(chain, tmp_path):
     different, total = differing(onnx.load(chain), {"y": outputs}, images)
     assert total == 80
     assert different == 0
+
+
+def test_a_network_in_float_is_refused(tmp_path, capsys):
+    text = '<ir_version: 8, opset_import: ["" : 17]>'
+    text += "g (float[1,3,4,4] x) => (float[1,3,4,4] y) { y = Relu(x) }"
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "float.onnx")
+    words = ["--target", "qonnx", "-o", str(tmp_path / "out")]
+    assert main(["export", str(tmp_path / "float.onnx"), *words]) == 2
+    assert "is not quantized" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -15,10 +15,16 @@ FC = np.ones((5, 192), np.float32)
 
 @pytest.fixture
 def placed(make_model):
-    def run(body: str, outputs: str = "float[N,3,8,8] y", scheme: str = "full", **arrays):
+    def run(
+        body: str,
+        outputs: str = "float[N,3,8,8] y",
+        scheme: str = "full",
+        fused: bool = False,
+        **arrays,
+    ):
         model = make_model(f"g (float[N,3,8,8] x) => ({outputs}) {{ {body} }}", **arrays)
         model = prepare_for_quantization(model)
-        return place(model, TorchGraph(model.proto).steps, scheme=scheme)
+        return place(model, TorchGraph(model.proto).steps, scheme=scheme, fused_sums=fused)
 
     return run
 
@@ -240,6 +246,34 @@ def test_the_academic_scheme_rounds_a_residual_branch_once_and_no_result(placed,
         assert [entry.op_type for entry in placement.float_nodes] == ["Softmax"]
         assert [entry.op_type for entry in placement.float_results] == ["Conv", "Gemm"]
     assert len(placement.weighted) == 3
+
+
+@pytest.mark.parametrize("op", ["Add", "Sub", "Sum"])
+@pytest.mark.parametrize("relu", [False, True])
+def test_with_fused_sums_a_convolutions_branch_is_rounded_behind_the_sum(placed, op, relu):
+    body = f"c = {CONV}(x, w) r = Relu(c) d = {CONV}(r, v) e = Relu(d) "
+    body += f"s = {op}({'e' if relu else 'd'}, r) y = {CONV}(s, u)"
+    placement = placed(body, fused=True, w=W, v=W, u=W)
+    assert placement.roots == ("x", "r", "s", "y")
+    expected = ["Conv", "Relu"] if relu else ["Conv"]
+    assert [entry.op_type for entry in placement.float_results] == expected
+    assert not placed(body, w=W, v=W, u=W).float_results
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        f"c = {CONV}(x, w) d = {CONV}(c, v) a = Add(d, c) y = {CONV}(a, d)",  # two readers of d
+        f"c = {CONV}(x, w) d = {CONV}(c, v) y = Mul(d, c)",
+        f"c = {CONV}(x, w) d = {CONV}(c, v) a = Add(d, k) y = {CONV}(a, u)",
+        f"c = {CONV}(x, w) d = {CONV}(c, v) a = Add(d, c) e = Exp(a) y = Div(c, e)",
+    ],
+)
+def test_fused_sums_leave_other_convolutions_as_they_are(placed, body):
+    arrays = {"k": np.ones((1, 3, 1, 1), np.float32)} if "k)" in body else {}
+    arrays |= {"u": W} if ", u)" in body else {}
+    placement = placed(body, fused=True, w=W, v=W, **arrays)
+    assert placement == placed(body, w=W, v=W, **arrays)
 
 
 def test_a_branch_that_others_read_is_rounded_in_the_academic_scheme_too(placed):

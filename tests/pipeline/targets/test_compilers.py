@@ -158,6 +158,23 @@ def test_openvino_skips_the_rounding_between_a_convolution_and_its_add(compiler)
     np.testing.assert_array_equal(found, expected.outputs[0])
 
 
+def test_openvino_is_exact_where_nothing_is_rounded_in_between(compiler):
+    """Also behind the Add, which it computes in bfloat16 if it may."""
+    g = QdqBuilder((3, 16, 16))
+    g.weighted("Conv", g.image, "c0", (16, 3, 3, 3), pads=[1] * 4)
+    r0 = g.quantize(g.node("Relu", ["c0"], "r0"), -5)
+    small = g.rng.integers(-63, 64, (16, 16, 3, 3)).astype(np.int8)
+    g.weighted("Conv", r0, "c1", small.shape, weight=small, pads=[1] * 4)
+    r1 = g.quantize(g.node("Relu", ["c1"], "r1"), -4)
+    g.weighted("Conv", r1, "c2", small.shape, weight=small, exponent=-10, pads=[1] * 4)
+    r2 = g.quantize(g.node("Relu", [g.node("Add", ["c2", r0], "a")], "r2"), -4)
+    g.weighted("Conv", r2, "c3", small.shape, weight=small, exponent=-10, pads=[1] * 4)
+    g.quantize(g.node("Relu", ["c3"], "r3"), -3, output="features")
+    expected = reference(g.model({"features": 4}))
+    row = measure_target(compiler("openvino"), expected, load_profile("openvino").verify)
+    assert (row.verdict, row.cause) == ("exact", "")
+
+
 def test_rknn_gives_signed_tensors_scales_of_its_own(compiler):
     """rknn-toolkit2 2.5.0: an int8 input of scale s is taken in steps of 128/127 s."""
     g = QdqBuilder((3, 16, 16))

@@ -24,7 +24,7 @@ def compile(model: str, folder: str) -> Any:
     import openvino
 
     core = openvino.Core()
-    settings = {"CACHE_DIR": ""}
+    settings = {"CACHE_DIR": "", "INFERENCE_PRECISION_HINT": "f32"}
     if threads := os.environ.get("OMP_NUM_THREADS"):
         settings["INFERENCE_NUM_THREADS"] = threads
     return core.compile_model(core.read_model(model), "CPU", settings)
