@@ -140,7 +140,11 @@ def _sink(
             continue
         target = min(part for name in passed for part in uses[name] if part > here)
         names = {step.name for step in inside}
-        tied = [s for s in readers[tensor] if s.name not in names and part_of[_key(s)] == here]
+        tied = any(
+            step.name not in names and part_of[_key(step)] == here
+            for name in (tensor, *made)
+            for step in readers.get(name, ())
+        )
         if not tied and closed.isdisjoint((here, target)):
             part_of.update((name, target) for name in made)
             members[here] = [step for step in members[here] if step.name not in names]

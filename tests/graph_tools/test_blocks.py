@@ -225,6 +225,17 @@ def random_networks(draw):
     return n, outputs
 
 
+def run_in_order(graph, blocks, image):
+    passed = {"x": image}
+    for block in blocks:
+        values = {name: passed[name] for name in block.inputs}
+        for step in block.steps:
+            inputs = {i: values[i] for i in step.inputs if i in values}
+            values.update(zip(step.outputs, graph.run_step(step, inputs), strict=False))
+        passed.update((name, values[name]) for name in block.outputs)
+    return passed
+
+
 @settings(max_examples=150, deadline=None)
 @given(random_networks(), st.integers(1, 6))
 def test_blocks_run_one_after_the_other_give_what_the_graph_gives(network, max_layers):
@@ -239,16 +250,22 @@ def test_blocks_run_one_after_the_other_give_what_the_graph_gives(network, max_l
         assert sorted(s.name for b in blocks for s in b.steps) == sorted(
             s.name for s in graph.steps
         )
-        passed = {"x": image}
-        for block in blocks:
-            assert len(block.layers) <= max_layers or len(block.layers) == 1
-            values = {name: passed[name] for name in block.inputs}
-            for step in block.steps:
-                inputs = {i: values[i] for i in step.inputs if i in values}
-                values.update(zip(step.outputs, graph.run_step(step, inputs), strict=False))
-            passed.update((name, values[name]) for name in block.outputs)
+        assert all(len(b.layers) <= max_layers or len(b.layers) == 1 for b in blocks)
+        passed = run_in_order(graph, blocks, image)
         for name, value in wanted.items():
             assert torch.equal(passed[name], value)
+
+
+def test_a_node_stays_where_a_sum_of_its_own_layer_reads_it():
+    n = Network()
+    first = n.conv("x", 4, 4)
+    rectified, beside = n.op("Relu", [first]), n.op("Relu", ["x"])
+    later = n.conv(rectified, 4, 4)
+    graph = n.graph(first, n.op("Add", [rectified, beside]), later)
+    image = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    passed = run_in_order(graph, find_layers(graph, n.convs), image)
+    for name, value in graph(image).items():
+        assert torch.equal(passed[name], value)
 
 
 def test_blocks_of_a_real_residual_network(shared_models):
