@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -218,6 +218,26 @@ class QuantizedGraph:
                 moved_only = moved_only and self.moves_data(node)
                 pending += node.input if node.op_type == "Concat" else self._data_inputs(node)
         return Origin(tuple(found.values()), moved_only and bool(found))
+
+    def leading_to(self, tensors: Iterable[str]) -> set[int]:
+        """Return the ``id`` of every node that any of ``tensors`` depends on."""
+        found: set[int] = set()
+        pending = list(tensors)
+        while pending:
+            node = self.producers.get(pending.pop())
+            if node is not None and id(node) not in found:
+                found.add(id(node))
+                pending += node.input
+        return found
+
+    def last_integers(self) -> dict[str, list[str]]:
+        """Return the integers in front of outputs that end in float, with the outputs they feed."""
+        feeds: dict[str, list[str]] = {}
+        for name in self.outputs:
+            if self.output_scale(name) is None:
+                for node in self.origin(name).dequantizers:
+                    feeds.setdefault(node.input[0], []).append(name)
+        return feeds
 
     def _data_inputs(self, node: NodeProto) -> list[str]:
         # Shapes, indices and pads of a data movement are no data of the tensor.

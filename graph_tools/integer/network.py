@@ -100,11 +100,5 @@ class IntegerNetwork:
         )
 
     def _needed_for_integers(self) -> frozenset[int]:
-        needed: set[int] = set()
-        pending = [node.input[0] for node in self.graph.dequantizers]
-        while pending:
-            node = self.graph.producers.get(pending.pop())
-            if node is not None and id(node) not in needed:
-                needed.add(id(node))
-                pending += node.input
-        return frozenset(needed)
+        stored = (node.input[0] for node in self.graph.dequantizers)
+        return frozenset(self.graph.leading_to(stored))

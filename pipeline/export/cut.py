@@ -40,7 +40,7 @@ def cut_before(
         TargetError: nothing is left.
     """
     graph = network.graph
-    leads_to_rounding = _leads_to_rounding(network)
+    leads_to_rounding = graph.leading_to(entry.source for entry in network.roundings.values())
     reached = {entry.name for entry in graph.inputs} | set(network.stored)
     rounded: set[str] = set()
     cut = []
@@ -75,14 +75,3 @@ def cut_before(
             hint="the first node is already one that it does not take",
         )
     return Cut(ends=tuple(dict.fromkeys(ends)), nodes=tuple(cut))
-
-
-def _leads_to_rounding(network: FakeQuantized) -> set[int]:
-    found: set[int] = set()
-    pending = [entry.source for entry in network.roundings.values()]
-    while pending:
-        node = network.graph.producers.get(pending.pop())
-        if node is not None and id(node) not in found:
-            found.add(id(node))
-            pending += node.input
-    return found

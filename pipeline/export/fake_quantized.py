@@ -262,7 +262,7 @@ class FakeQuantized:
             A model with the types and shapes of all its tensors; its opset is the file's, domains
             of the dialect's nodes are added by version 1.
         """
-        wanted = self._leading_to(ends)
+        wanted = self.graph.leading_to(ends)
         idle = {k: v for k, v in self.idle.items() if drop_idle and k not in ends}
         nodes: list[NodeProto] = []
         constants: dict[str, TensorProto] = {}
@@ -294,16 +294,6 @@ class FakeQuantized:
                     name = idle[name]
                 made_node.input[index] = name
         return self._assemble(nodes, constants, ends, batch)
-
-    def _leading_to(self, ends: Sequence[str]) -> set[int]:
-        found: set[int] = set()
-        pending = list(ends)
-        while pending:
-            node = self.graph.producers.get(pending.pop())
-            if node is not None and id(node) not in found:
-                found.add(id(node))
-                pending += node.input
-        return found
 
     def _assemble(
         self,

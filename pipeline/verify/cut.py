@@ -42,13 +42,7 @@ def cut_at(
         graph: the whole model.
         integers: tensors that a DequantizeLinear reads.
     """
-    wanted: set[int] = set()
-    pending = list(integers)
-    while pending:
-        node = graph.producers.get(pending.pop())
-        if node is not None and id(node) not in wanted:
-            wanted.add(id(node))
-            pending += node.input
+    wanted = graph.leading_to(integers)
     readers = {node.input[0]: node for node in graph.dequantizers}
 
     cut = onnx.ModelProto()

@@ -123,11 +123,7 @@ def compile_parts(
         for name, scale in scales.items()
     ]
     parts = [Part(runs, targets)]
-    feeds: dict[str, list[str]] = {}
-    for name, scale in scales.items():
-        if scale is None:
-            for node in graph.origin(name).dequantizers:
-                feeds.setdefault(node.input[0], []).append(name)
+    feeds = graph.last_integers()
     if feeds:
         cut, ends = cut_at(graph, tuple(feeds))
         with tempfile.TemporaryDirectory(prefix="zsq-") as folder:

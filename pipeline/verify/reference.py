@@ -83,14 +83,7 @@ class Reference:
         graph = network.graph
         scales = {name: graph.output_scale(name) for name in graph.outputs}
         whole = {n: float(s) for n, s in scales.items() if s is not None}
-        last = tuple(
-            dict.fromkeys(
-                node.input[0]
-                for name, scale in scales.items()
-                if scale is None
-                for node in graph.origin(name).dequantizers
-            )
-        )
+        last = tuple(graph.last_integers())
         if not whole and not last:
             raise VerificationError("no integers lead to its outputs: nothing can be compared")
         readers = {node.input[0]: node for node in graph.dequantizers}
