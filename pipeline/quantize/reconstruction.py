@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,12 +23,18 @@ from graph_tools.blocks import Block
 from graph_tools.quantizer import QuantizedConstant
 from pipeline.quantize.fisher import output_sensitivity
 from pipeline.quantize.lockstep import Lockstep
+from pipeline.quantize.output_error import MOST_BITS, fit_scales
 from pipeline.quantize.placement import Weighted
 from pipeline.quantize.samples import Sample, Samples
 from pipeline.quantize.soft_bias import SoftBias
 from pipeline.quantize.soft_quantizer import soft_quantize
 from pipeline.quantize.soft_rounding import SoftRounding
-from pipeline.quantize.weights import input_exponent, quantize_bias
+from pipeline.quantize.weights import (
+    bias_bits,
+    input_exponent,
+    quantize_bias,
+    scale_candidates,
+)
 
 __all__ = ["Learned", "Reconstruction", "reconstruct", "tensors_by_image"]
 
@@ -36,6 +42,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 _BATCH = 32  # images in a step
 _FEWEST = 8  # of large ones
+_FITTED = 128  # images that choose scales
 _POSITIONS = 2**15  # of a tensor, over all images of a step, that are enough
 _WARM_UP = 0.2  # share of the steps before the regularizer sets in
 _SETTLING = 0.5  # steps for the biases alone, as a share of those for all
@@ -54,12 +61,15 @@ class Reconstruction:
         biases: whether biases are learned, too.
         drop: share of the inner activations that stay unquantized meanwhile.
         fisher: weigh errors by the sensitivity of the outputs to them.
+        scales: whether those of narrow weights are chosen by the error of the outputs first, for
+            each channel or for the whole tensor.
     """
 
     iterations: int
     biases: bool = True
     drop: float = 0.5
     fisher: bool = False
+    scales: Literal["keep", "channel", "tensor"] = "channel"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +126,10 @@ def reconstruct(
                 mixed=by_image.issuperset({*inputs, *targets}),
             )
             task = _Task(lockstep, block, tuple(targets), samples, how, generator)
-            found, error = task.learn([weighted[name] for name in block.layers])
+            sites = [weighted[name] for name in block.layers]
+            if how.scales != "keep":
+                learned.weights.update(task.fit_scales(sites))
+            found, error = task.learn(sites)
             learned.weights.update(found.weights)
             learned.biases.update(found.biases)
             terms = {"error": error}
@@ -153,6 +166,48 @@ class _Task:
         }
         positions = max(lockstep.exact[name][0][:1, :1].numel() for name in targets)
         self.batch = min(max(_FEWEST, _POSITIONS // max(positions, 1)), _BATCH)
+
+    def fit_scales(self, sites: Sequence[Weighted]) -> dict[str, QuantizedConstant]:
+        """Choose the scales of narrow weights by the error of the operators' outputs.
+
+        Returns:
+            These weights, rounded to nearest; they are the lockstep's, too.
+        """
+        steps = {step.name: step for step in self.block.steps}
+        found = {}
+        for site in sites:
+            constant = self.constants[site.weight]
+            if constant.quantizer.bits > MOST_BITS:
+                continue
+            bias = self.graph.constants[site.bias].numpy() if site.bias else None
+            exponent = input_exponent(site, self.quantizers)
+            room = bias_bits(site, self.quantizers)
+            constant = fit_scales(
+                self.graph,
+                steps[site.node],
+                site,
+                self._inputs(site),
+                constant,
+                scale_candidates(constant.quantizer, bias, exponent, room),
+                self.generator,
+                centered=self.how.biases and bias is not None,
+                shared=self.how.scales == "tensor",
+            )
+            self.constants[site.weight] = found[site.weight] = constant
+            if bias is not None:
+                self.constants[site.bias] = quantize_bias(site, bias, exponent, constant)
+        return found
+
+    def _inputs(self, site: Weighted) -> list[torch.Tensor]:
+        """What an operator reads in the quantized network, for some images."""
+        found = []
+        with torch.no_grad():
+            for sample in self.samples.first(_FITTED):
+                values = sample["inputs"]
+                if site.input not in values:
+                    values = self._run(values, self._constants(), 0.0)
+                found.append(values[site.input])
+        return found
 
     def learn(self, sites: Sequence[Weighted]) -> tuple[Learned, float]:
         """Learn roundings and biases; those that beat the nearest are then the lockstep's.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -116,6 +116,7 @@ class Refinement:
                 biases=settings.bias_correction != "none",
                 drop=settings.qdrop,
                 fisher=settings.reconstruction == "fisher",
+                scales=_fitted_scales(settings),
             ),
             torch.Generator().manual_seed(seed),
             on_step=on_step,
@@ -177,3 +178,9 @@ class Refinement:
 def without_terms(on_step: OnStep | None) -> Callable[[int, int], None] | None:
     """``on_step`` for parts that have no terms to show."""
     return None if on_step is None else lambda done, total: on_step(done, total, {})
+
+
+def _fitted_scales(settings: QuantizeSettings) -> Literal["keep", "channel", "tensor"]:
+    if settings.weight_error == "weights":
+        return "keep"
+    return "tensor" if settings.weight_granularity == "tensor" else "channel"

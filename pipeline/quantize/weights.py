@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,15 @@ __all__ = [
     "quantize_bias",
     "quantize_operand",
     "quantize_weight",
+    "scale_candidates",
 ]
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+_NEIGHBORS = (0, -1, 1, -2)
+"""Exponents around the one that suits the weights; the first wins ties."""
+_FREE_NEIGHBORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 1.15, 1.3)
+"""The same for free scales, as factors."""
 
 BIAS_BITS = 22
 """The bias of a channel stays below 2**22 steps, so that accumulators stay below 2**24, where
@@ -87,10 +94,9 @@ def quantize_weight(
         exponents = np.array(
             weight_exponents(weight, axis=site.axis, bits=bits, metric=metric)
         )
-    if bias is not None and bias.size:
-        magnitude = _largest_bias(bias, exponents.size)
-        least = [ceil_log2(m) - bias_bits - input_exponent if m else -1000 for m in magnitude]
-        exponents = np.maximum(exponents, least)
+    exponents = np.maximum(
+        exponents, _least_exponents(bias, exponents.size, input_exponent, bias_bits)
+    )
     if per_tensor:
         exponents[:] = exponents.max(initial=-1000)
     quantizer = TensorQuantizer(
@@ -102,6 +108,66 @@ def quantize_weight(
     return QuantizedConstant(
         integers=quantizer.quantize(weight), quantizer=quantizer, role="weight", node=site.node
     )
+
+
+def scale_candidates(
+    quantizer: TensorQuantizer, bias: Array | None, input_exponent: int, bias_bits: int
+) -> list[TensorQuantizer]:
+    """Quantizers around that of a weight, itself first, with which the bias still fits.
+
+    Args:
+        quantizer: one scale a channel.
+        bias: float [channels], None if there is none.
+        input_exponent: exponent of the input's scale.
+        bias_bits: width that the bias may take.
+    """
+    assert isinstance(quantizer.exponent, tuple)
+    assert quantizer.axis is not None
+    channels = len(quantizer.exponent)
+    if quantizer.power_of_two:
+        least = _least_exponents(bias, channels, input_exponent, bias_bits)
+        return [
+            replace(
+                quantizer,
+                exponent=tuple(
+                    int(e) for e in np.maximum(np.add(quantizer.exponent, step), least)
+                ),
+            )
+            for step in _NEIGHBORS
+        ]
+    return [
+        _free_quantizer(
+            np.maximum(
+                quantizer.scale * factor,
+                _least_scales(bias, channels, input_exponent, bias_bits),
+            ),
+            bits=quantizer.bits,
+            axis=quantizer.axis,
+        )
+        for factor in _FREE_NEIGHBORS
+    ]
+
+
+def _least_exponents(
+    bias: Array | None, channels: int, input_exponent: int, bias_bits: int
+) -> Array:
+    """Smallest exponent of each channel's scale with which the bias fits."""
+    if bias is None or not bias.size:
+        return np.full(channels, -1000)
+    magnitude = _largest_bias(bias, channels)
+    return np.array(
+        [ceil_log2(m) - bias_bits - input_exponent if m else -1000 for m in magnitude]
+    )
+
+
+def _least_scales(
+    bias: Array | None, channels: int, input_exponent: int, bias_bits: int
+) -> Array:
+    """Smallest scale of each channel with which the bias fits."""
+    if bias is None or not bias.size:
+        return np.zeros(channels)
+    found: Array = _largest_bias(bias, channels) / 2.0**bias_bits / 2.0**input_exponent
+    return found
 
 
 def _largest_bias(bias: Array, channels: int) -> Array:
@@ -122,9 +188,7 @@ def _with_free_scales(
     bias_bits: int,
 ) -> QuantizedConstant:
     scales = np.array(weight_scales(weight, axis=site.axis, bits=bits, metric=metric))
-    if bias is not None and bias.size:
-        least = _largest_bias(bias, scales.size) / 2.0**bias_bits / 2.0**input_exponent
-        scales = np.maximum(scales, least).astype(np.float32)
+    scales = np.maximum(scales, _least_scales(bias, scales.size, input_exponent, bias_bits))
     quantizer = _free_quantizer(scales, bits=bits, axis=site.axis)
     return QuantizedConstant(
         integers=quantizer.quantize(weight), quantizer=quantizer, role="weight", node=site.node
