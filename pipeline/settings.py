@@ -80,9 +80,15 @@ class GenerateSettings:
     flip: bool = True
     """Mirror images at random while they are optimized."""
     padding: int | None = None
-    """Pixels by which canvases exceed the images; by default by image size."""
+    """Pixels by which canvases exceed the images; by default by method and image size."""
     blur: float | None = None
-    """Sigma of the blur in pixels, 0 for none; by default by image size."""
+    """Sigma of the blur in pixels, 0 for none; by default by method and image size."""
+    crop_scale: float | None = None
+    """In half of the steps, show every image by a resized crop of its own of at least this share
+    of its area; 1: never; by default by method."""
+    scope: int = 0
+    """How many batches share the statistics that dgh matches: 0 for all of them (as published),
+    1 for each batch by itself."""
 
     def __post_init__(self) -> None:
         _require(self.num_images >= 0, "num_images", self.num_images, "0 or more")
@@ -94,6 +100,9 @@ class GenerateSettings:
             _require(0 < value < math.inf, field, value, "a positive number")
         rate = self.learning_rate
         _require(0 <= rate < math.inf, "learning_rate", rate, "0 or more")
+        _require(self.scope >= 0, "scope", self.scope, "0 or more")
+        scale = self.crop_scale
+        _require(scale is None or 0 < scale <= 1, "crop_scale", scale, "above 0 and at most 1")
         _require(0 <= self.site_balance <= 1, "site_balance", self.site_balance, "in 0..1")
         for field in ("output_weight", "output_hinge", "padding", "blur"):
             value = getattr(self, field)

@@ -1,8 +1,8 @@
 """Make calibration images from a network alone.
 
-`generate` is the way in. A method says what images should fulfil (`dgh`; `diversity` for method
-prior, which starts from `synthetic` images) or makes them outright (`noise`); `job` puts them
-together; statistics, views, store and loop are shared.
+`generate` is the way in. A method (`methods`) says what images should fulfil (`dgh`; `diversity`
+for method prior, which starts from `synthetic` images) or makes them outright (`noise`); `job`
+gives it what it needs; statistics, views, store and loop are shared.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from pipeline.generate.heads import find_heads
 from pipeline.generate.input_range import guess_preprocessing
 from pipeline.generate.job import Job
 from pipeline.generate.loop import LossRecord, OnStep
+from pipeline.generate.methods import METHODS, NEEDS_BATCH_NORM
 from pipeline.generate.network import torch_device
 from pipeline.generate.statistics import StatisticsMatch
 from pipeline.images import ImageSet, ImageWriter, open_images
@@ -115,7 +116,7 @@ def generate(
         The images, in the model's own layout and normalization, and the record of the run.
 
     Raises:
-        NoBatchNormError: method dgh, and the network has no BatchNormalization.
+        NoBatchNormError: the method matches BatchNormalization, and the network has none.
         GenerationError: the loss or an observed tensor is not finite.
         DataError: ``path`` cannot be written.
         SettingsError: the device does not exist, or ``preprocessing`` is for other channels.
@@ -127,7 +128,7 @@ def generate(
     method = settings.method
     if method == "auto":
         method = "dgh" if sites else "prior"
-    if method == "dgh" and not sites:
+    if method in NEEDS_BATCH_NORM and not sites:
         raise _no_batch_norm(model)
     device = torch_device(settings.device)
     notes = []
@@ -146,13 +147,7 @@ def generate(
         reused_memory(),
         ImageWriter(path, count=settings.num_images, shape=model.input.shape) as writer,
     ):
-        match method:
-            case "dgh":
-                statistics, history = job.dgh(writer, on_step)
-            case "prior":
-                statistics, history = job.prior(writer, on_step)
-            case _:
-                statistics, history = job.noise(writer)
+        statistics, history = METHODS[method](job, writer, on_step)
     seconds = time.perf_counter() - start
     logger.info("%d images by %s in %.1f s", settings.num_images, method, seconds)
     return Generated(

@@ -31,16 +31,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pipeline.generate.defaults import default_iterations, default_learning_rate
+from pipeline.generate.heads import find_heads
+from pipeline.generate.job import Job, Made
+from pipeline.generate.loop import OnStep, OptimizeSettings
+from pipeline.generate.network import pixel_site
+from pipeline.generate.objective import Objective
+from pipeline.generate.prior import Source, white_noise
 from pipeline.generate.statistics import SiteTargets, Sums
 from pipeline.generate.stretch import stretch
+from pipeline.generate.synthetic import synthetic_source
+from pipeline.images import ImageWriter
 
-__all__ = ["DghObjective"]
+__all__ = ["DghObjective", "make_dgh"]
 
 _EPSILON = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class DghObjective:
+class DghObjective(Objective):
     """The loss of DGH.
 
     Args:
@@ -98,3 +107,36 @@ class DghObjective:
         spread = (variance + _EPSILON).sqrt() - (target[1] + _EPSILON).sqrt()
         excess = torch.stack([(mean - target[0]).square().mean(1), spread.square().mean(1)])
         return torch.relu(excess - delta).sum(0).mean()
+
+
+def make_dgh(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
+    """Optimize images by DGH and write them."""
+    settings = job.settings
+    channels, height, width = job.shape
+    heads = find_heads(job.model) if settings.output_weight != 0 else ()
+    pixels = pixel_site(job.preprocessing, channels) if settings.pixel_prior else None
+    watched = (*job.sites, pixels) if pixels is not None else job.sites
+    objective = DghObjective(
+        targets=SiteTargets(watched, job.device),
+        form=settings.loss,
+        std_weight=settings.std_weight,
+        site_balance=settings.site_balance,
+        output_range=settings.output_range,
+        output_hinge=settings.output_hinge,
+        heads=heads,
+        last=len(job.sites) - 1,
+    )
+    iterations = settings.iterations or default_iterations(height, width, settings.start)
+    how = OptimizeSettings(
+        iterations=iterations,
+        learning_rate=settings.learning_rate
+        or default_learning_rate(iterations, min(height, width), settings.start),
+        output_weight=settings.output_weight,
+        output_ratio=settings.output_ratio,
+        scope=settings.scope,
+    )
+    source: Source = white_noise
+    if settings.start == "natural":
+        source = synthetic_source(job.preprocessing, channels)
+    prior = job.image_prior(source=source)
+    return job.optimize(writer, job.network(heads), prior, objective, how, on_step)

@@ -16,7 +16,7 @@ from graph_tools.torch_graph import TorchGraph
 from pipeline.generate.prior import PIXEL_MEAN, PIXEL_STD
 from pipeline.preprocessing import Preprocessing
 
-__all__ = ["PIXELS", "Network", "pixel_site", "standard_range", "torch_device"]
+__all__ = ["PIXELS", "Network", "blank_site", "pixel_site", "standard_range", "torch_device"]
 
 PIXELS = "(pixels)"
 """Name under which the images themselves are observed."""
@@ -156,6 +156,20 @@ def pixel_site(preprocessing: Preprocessing, channels: int) -> BatchNormSite | N
         bias=np.zeros(channels, dtype=np.float32),
         mean=((mean - PIXEL_MEAN) / PIXEL_STD).astype(np.float32),
         variance=np.square(std / PIXEL_STD).astype(np.float32),
+        epsilon=1e-6,
+    )
+
+
+def blank_site(node: str, tensor: str, channels: int) -> BatchNormSite:
+    """Return a tensor to watch as if BatchNormalization with mean 0 and variance 1 read it."""
+    ones, zeros = np.ones(channels, np.float32), np.zeros(channels, np.float32)
+    return BatchNormSite(
+        node=node,
+        tensor=tensor,
+        scale=ones,
+        bias=zeros,
+        mean=zeros,
+        variance=ones,
         epsilon=1e-6,
     )
 
