@@ -35,10 +35,11 @@ def _require(condition: bool, field: str, value: object, rule: str) -> None:
 class GenerateSettings:
     """How images are made: by DGH (arXiv 2410.22110) unless --method says otherwise."""
 
-    method: Literal["auto", "dgh", "prior", "noise"] = "auto"
-    """dgh: match BatchNormalization statistics; prior: images with the statistics of natural ones,
-    adapted to the network, needs none; noise: Gaussian noise; auto: dgh where there is
-    BatchNormalization, else prior."""
+    method: Literal["auto", "dgh", "zeroq", "dsg", "intraq", "prior", "noise"] = "auto"
+    """dgh: match BatchNormalization statistics over all images; zeroq: by each image; dsg: by each
+    image, with margins; intraq: by each batch, images of classes (classifiers only); prior: images
+    with the statistics of natural ones, adapted to the network, needs no BatchNormalization; noise:
+    Gaussian noise; auto: dgh where there is BatchNormalization, else prior."""
     num_images: int = 0
     """How many images to make (or to take from --data); 0 chooses by image size: 256 up to
     128x128 pixels, 64 beyond."""
@@ -68,6 +69,11 @@ class GenerateSettings:
     published, 1 fully."""
     pixel_prior: bool = True
     """Match the statistics of the pixels, too, where they are known."""
+    slack: float | None = None
+    """Let statistics be off as far as this share of the channels are with Gaussian images, 0..1;
+    by default 0.9 for dsg, none for dgh."""
+    layer_enhancement: bool = False
+    """With dgh: let each image follow one BatchNormalization node twice as far, as dsg does."""
     output_weight: float | None = None
     """Weight (lambda) of the output loss, 0 for none; by default set from output-ratio, and 1 for
     method prior."""
@@ -78,7 +84,7 @@ class GenerateSettings:
     output_hinge: float | None = None
     """Bound each image's statistics at the last BatchNormalization node (paper's delta)."""
     flip: bool = True
-    """Mirror images at random while they are optimized."""
+    """Mirror images at random while they are optimized (not zeroq and dsg)."""
     padding: int | None = None
     """Pixels by which canvases exceed the images; by default by method and image size."""
     blur: float | None = None
@@ -101,6 +107,14 @@ class GenerateSettings:
         rate = self.learning_rate
         _require(0 <= rate < math.inf, "learning_rate", rate, "0 or more")
         _require(self.scope >= 0, "scope", self.scope, "0 or more")
+        slack = self.slack
+        _require(slack is None or 0 <= slack <= 1, "slack", slack, "in 0..1")
+        if self.slack is not None and self.loss == "paper":
+            raise SettingsError(
+                "margins belong to the code's form of the loss",
+                where="--slack",
+                hint="leave out one of it and --loss paper",
+            )
         scale = self.crop_scale
         _require(scale is None or 0 < scale <= 1, "crop_scale", scale, "above 0 and at most 1")
         _require(0 <= self.site_balance <= 1, "site_balance", self.site_balance, "in 0..1")

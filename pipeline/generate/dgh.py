@@ -38,6 +38,7 @@ from pipeline.generate.loop import OnStep, OptimizeSettings
 from pipeline.generate.network import pixel_site
 from pipeline.generate.objective import Objective
 from pipeline.generate.prior import Source, white_noise
+from pipeline.generate.slack import Margins, emphasize, global_margins
 from pipeline.generate.statistics import SiteTargets, Sums
 from pipeline.generate.stretch import stretch
 from pipeline.generate.synthetic import synthetic_source
@@ -62,6 +63,9 @@ class DghObjective(Objective):
         output_hinge: delta of the hinges; None leaves them out.
         heads: names of the outputs to stretch.
         last: index in ``targets.sites`` of the node that the hinges watch.
+        margins: what errors of means and deviations are let be, code form only.
+        enhanced: the first so many of ``targets.sites`` are shared out among the images, each to
+            follow its own twice as far (`slack`).
     """
 
     targets: SiteTargets
@@ -72,6 +76,14 @@ class DghObjective(Objective):
     output_hinge: float | None = None
     heads: Sequence[str] = ()
     last: int = -1
+    margins: Margins | None = None
+    enhanced: int = 0
+
+    def measure(self, values: Mapping[str, Tensor], first: int) -> Sums:
+        """Return the moments of some images, differentiable."""
+        if self.enhanced:
+            values = emphasize(values, self.targets.sites[: self.enhanced], first)
+        return self.targets.measure(values)
 
     def statistics(self, sums: Sums) -> Tensor:
         """Return how far all images together are from the targets: a float64 scalar."""
@@ -80,6 +92,8 @@ class DghObjective(Objective):
         if self.form == "paper":
             return (offset.square() + (variance - targets.variance).square()).sum()
         std = (variance + _EPSILON).sqrt() - (targets.variance + _EPSILON).sqrt()
+        if self.margins is not None:
+            offset, std = self.margins.excess(offset, std)
         error = targets.mean_over_channels(offset.square() + self.std_weight * std.square())
         scale = targets.mean_over_channels(targets.variance) + _EPSILON
         return (error / scale**self.site_balance).mean()
@@ -116,8 +130,12 @@ def make_dgh(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
     heads = find_heads(job.model) if settings.output_weight != 0 else ()
     pixels = pixel_site(job.preprocessing, channels) if settings.pixel_prior else None
     watched = (*job.sites, pixels) if pixels is not None else job.sites
+    network, targets = job.network(heads), SiteTargets(watched, job.device)
+    margins = None
+    if settings.slack is not None:
+        margins = global_margins(job.gaussians(), network, targets, settings.slack)
     objective = DghObjective(
-        targets=SiteTargets(watched, job.device),
+        targets=targets,
         form=settings.loss,
         std_weight=settings.std_weight,
         site_balance=settings.site_balance,
@@ -125,6 +143,8 @@ def make_dgh(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
         output_hinge=settings.output_hinge,
         heads=heads,
         last=len(job.sites) - 1,
+        margins=margins,
+        enhanced=len(job.sites) if settings.layer_enhancement else 0,
     )
     iterations = settings.iterations or default_iterations(height, width, settings.start)
     how = OptimizeSettings(
@@ -139,4 +159,4 @@ def make_dgh(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
     if settings.start == "natural":
         source = synthetic_source(job.preprocessing, channels)
     prior = job.image_prior(source=source)
-    return job.optimize(writer, job.network(heads), prior, objective, how, on_step)
+    return job.optimize(writer, network, prior, objective, how, on_step)

@@ -5,9 +5,10 @@ A method is a module with an objective, its defaults and a function that takes a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from graph_tools.batchnorm import BatchNormSite
 from graph_tools.model import Model
@@ -31,6 +32,8 @@ from pipeline.preprocessing import Preprocessing
 from pipeline.settings import GenerateSettings
 
 __all__ = ["Job", "Made", "Make"]
+
+_GAUSSIANS = 256  # images, enough for quantiles over many channels
 
 Made = tuple[tuple[StatisticsMatch, ...], tuple[LossRecord, ...]]
 """How well statistics are met, and the loss of every iteration."""
@@ -64,6 +67,11 @@ class Job:
         )
         self.sizes = batch_sizes(settings.num_images, batch_size)
         self.generator = torch.Generator().manual_seed(settings.seed)
+
+    def gaussians(self) -> Iterator[Tensor]:
+        """Yield batches of standard normal images, to measure what noise does."""
+        for size in batch_sizes(_GAUSSIANS, self.sizes[0]):
+            yield torch.randn((size, *self.shape), generator=self.generator).to(self.device)
 
     def optimize(
         self,
