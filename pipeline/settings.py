@@ -35,11 +35,12 @@ def _require(condition: bool, field: str, value: object, rule: str) -> None:
 class GenerateSettings:
     """How images are made: by DGH (arXiv 2410.22110) unless --method says otherwise."""
 
-    method: Literal["auto", "dgh", "zeroq", "dsg", "intraq", "prior", "noise"] = "auto"
+    method: Literal["auto", "dgh", "zeroq", "dsg", "intraq", "genie", "prior", "noise"] = "auto"
     """dgh: match BatchNormalization statistics over all images; zeroq: by each image; dsg: by each
-    image, with margins; intraq: by each batch, images of classes (classifiers only); prior: images
-    with the statistics of natural ones, adapted to the network, needs no BatchNormalization; noise:
-    Gaussian noise; auto: dgh where there is BatchNormalization, else prior."""
+    image, with margins; intraq: by each batch, images of classes (classifiers only); genie: by each
+    batch, images out of a generator network; prior: images with the statistics of natural ones,
+    adapted to the network, needs no BatchNormalization; noise: Gaussian noise; auto: dgh where there
+    is BatchNormalization, else prior."""
     num_images: int = 0
     """How many images to make (or to take from --data); 0 chooses by image size: 256 up to
     128x128 pixels, 64 beyond."""
@@ -118,7 +119,12 @@ class GenerateSettings:
         scale = self.crop_scale
         _require(scale is None or 0 < scale <= 1, "crop_scale", scale, "above 0 and at most 1")
         _require(0 <= self.site_balance <= 1, "site_balance", self.site_balance, "in 0..1")
-        for field in ("output_weight", "output_hinge", "padding", "blur"):
+        for field in (
+            "output_weight",
+            "output_hinge",
+            "padding",
+            "blur",
+        ):
             value = getattr(self, field)
             _require(value is None or 0 <= value < math.inf, field, value, "0 or more")
 

@@ -6,6 +6,7 @@ from pipeline.generate.dgh import make_dgh
 from pipeline.generate.diversity import make_prior
 from pipeline.generate.dsg import make_dsg
 from pipeline.generate.intraq import make_intraq
+from pipeline.generate.genie import make_genie
 from pipeline.generate.job import Make
 from pipeline.generate.noise import make_noise
 from pipeline.generate.zeroq import make_zeroq
@@ -17,9 +18,10 @@ METHODS: dict[str, Make] = {
     "zeroq": make_zeroq,
     "dsg": make_dsg,
     "intraq": make_intraq,
+    "genie": make_genie,
     "prior": make_prior,
     "noise": make_noise,
 }
 
-NEEDS_BATCH_NORM = frozenset(("dgh", "zeroq", "dsg", "intraq"))
+NEEDS_BATCH_NORM = frozenset(("dgh", "zeroq", "dsg", "intraq", "genie"))
 """Methods that match BatchNormalization statistics and nothing else."""

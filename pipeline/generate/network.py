@@ -12,7 +12,7 @@ from torch import Tensor
 from graph_tools.batchnorm import BatchNormSite
 from graph_tools.errors import SettingsError
 from graph_tools.model import Model
-from graph_tools.torch_graph import TorchGraph
+from graph_tools.torch_graph import Entry, Hook, TorchGraph
 from pipeline.generate.prior import PIXEL_MEAN, PIXEL_STD
 from pipeline.preprocessing import Preprocessing
 
@@ -87,23 +87,36 @@ class Network:
             return values.permute(0, 2, 3, 1)
         return values.contiguous(memory_format=self._format)
 
-    def observe(self, images: Tensor) -> dict[str, Tensor]:
+    def pixels(self, values: Tensor) -> Tensor:
+        """Map model input back to standardized pixel units; the inverse of `model_input`."""
+        if self.layout == "NHWC":
+            values = values.permute(0, 3, 1, 2)
+        return (values.to(self.device) - self._shift) / self._gain
+
+    def observe(
+        self, images: Tensor, *, hook: Hook | None = None, entry: Entry | None = None
+    ) -> dict[str, Tensor]:
         """Return the observed tensors, and the images themselves as ``PIXELS``.
 
         Args:
             images: [N, C, H, W] in standardized pixel units; N at most `chunk`.
+            hook: changes tensors, see `TorchGraph.forward`; engine torch only.
+            entry: likewise, what single nodes read.
         """
         missing = 0 if self.chunk is None else self.chunk - len(images)
         values = self.model_input(images)
         if missing > 0:
             values = torch.cat([values, values[-1:].expand(missing, -1, -1, -1)])
-        observed: dict[str, Tensor] = self._graph(values)
+        given = {"hook": hook, "entry": entry}
+        observed: dict[str, Tensor] = self._graph(
+            values, **{name: change for name, change in given.items() if change is not None}
+        )
         if missing > 0:
             observed = {name: value[: len(images)] for name, value in observed.items()}
         return {**observed, PIXELS: images}
 
 
-_Graph = tuple[Callable[[Tensor], dict[str, Tensor]], torch.memory_format]
+_Graph = tuple[Callable[..., dict[str, Tensor]], torch.memory_format]
 """An engine's graph, and the memory format that its input is best in."""
 
 
