@@ -35,12 +35,15 @@ def _require(condition: bool, field: str, value: object, rule: str) -> None:
 class GenerateSettings:
     """How images are made: by DGH (arXiv 2410.22110) unless --method says otherwise."""
 
-    method: Literal["auto", "dgh", "zeroq", "dsg", "intraq", "genie", "prior", "noise"] = "auto"
+    method: Literal[
+        "auto", "dgh", "zeroq", "dsg", "intraq", "genie", "sadag", "prior", "noise"
+    ] = "auto"
     """dgh: match BatchNormalization statistics over all images; zeroq: by each image; dsg: by each
     image, with margins; intraq: by each batch, images of classes (classifiers only); genie: by each
-    batch, images out of a generator network; prior: images with the statistics of natural ones,
-    adapted to the network, needs no BatchNormalization; noise: Gaussian noise; auto: dgh where there
-    is BatchNormalization, else prior."""
+    batch, images out of a generator network; sadag: those of genie or dgh, refined on the quantized
+    network (classifiers only); prior: images with the statistics of natural ones, adapted to the
+    network, needs no BatchNormalization; noise: Gaussian noise; auto: dgh where there is
+    BatchNormalization, else prior."""
     num_images: int = 0
     """How many images to make (or to take from --data); 0 chooses by image size: 256 up to
     128x128 pixels, 64 beyond."""
@@ -97,6 +100,14 @@ class GenerateSettings:
     """How many batches share the statistics that dgh matches: 0 for all of them (as published),
     1 for each batch by itself."""
 
+    sadag_form: Literal["generator", "pixels"] = "generator"
+    """What sadag refines: genie's images through their generators, as published, or those of dgh
+    pixel by pixel, which takes less time."""
+    sadag_matching: float = 1.0
+    """Weight of sadag's term that asks neighbors for gradients alike; 0 for none."""
+    sadag_diversity: float = 1.0
+    """Weight of sadag's term that asks other images for gradients unlike; 0 for none."""
+
     def __post_init__(self) -> None:
         _require(self.num_images >= 0, "num_images", self.num_images, "0 or more")
         _require(self.iterations >= 0, "iterations", self.iterations, "0 or more")
@@ -124,6 +135,8 @@ class GenerateSettings:
             "output_hinge",
             "padding",
             "blur",
+            "sadag_matching",
+            "sadag_diversity",
         ):
             value = getattr(self, field)
             _require(value is None or 0 <= value < math.inf, field, value, "0 or more")

@@ -36,6 +36,7 @@ from pipeline.generate.job import Job
 from pipeline.generate.loop import LossRecord, OnStep
 from pipeline.generate.methods import METHODS, NEEDS_BATCH_NORM
 from pipeline.generate.network import torch_device
+from pipeline.generate.quantized import Quantizer
 from pipeline.generate.statistics import StatisticsMatch
 from pipeline.images import ImageSet, ImageWriter, open_images
 from pipeline.preprocessing import Preprocessing
@@ -45,6 +46,7 @@ __all__ = [
     "Generated",
     "LossRecord",
     "OnStep",
+    "Quantizer",
     "StatisticsMatch",
     "default_batch_size",
     "default_iterations",
@@ -98,6 +100,7 @@ def generate(
     path: Path,
     *,
     preprocessing: Preprocessing | None = None,
+    quantizer: Quantizer | None = None,
     on_step: OnStep | None = None,
 ) -> Generated:
     """Make images for a network and write them to ``path``.
@@ -110,6 +113,7 @@ def generate(
         settings: method, number of images, seed and so on.
         path: the .npz file to write; whole or absent.
         preprocessing: how pixels become the model's input; guessed if None.
+        quantizer: quantizes the network; for method sadag.
         on_step: called as (done, total, loss terms).
 
     Returns:
@@ -119,6 +123,7 @@ def generate(
         NoBatchNormError: the method matches BatchNormalization, and the network has none.
         GenerationError: the loss or an observed tensor is not finite.
         DataError: ``path`` cannot be written.
+        ModelError: method sadag, and the network does not end in one linear layer.
         SettingsError: the device does not exist, or ``preprocessing`` is for other channels.
     """
     start = time.perf_counter()
@@ -140,7 +145,7 @@ def generate(
     notes += _missing_statistics(model, bool(sites))
     if model.fixed_batch is not None and sites:
         notes.append(f"the model takes only {model.fixed_batch} image(s) at a time: slow")
-    job = Job(model, settings, sites, preprocessing, device)
+    job = Job(model, settings, sites, preprocessing, device, quantizer)
     with (
         _reproducible(device),
         _one_thread_if_tiny(model.input.height * model.input.width),

@@ -44,7 +44,7 @@ from pipeline.generate.stretch import stretch
 from pipeline.generate.synthetic import synthetic_source
 from pipeline.images import ImageWriter
 
-__all__ = ["DghObjective", "make_dgh"]
+__all__ = ["DghObjective", "dgh_parts", "make_dgh"]
 
 _EPSILON = 1e-6
 
@@ -125,14 +125,25 @@ class DghObjective(Objective):
 
 def make_dgh(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
     """Optimize images by DGH and write them."""
+    objective, how = dgh_parts(job)
+    source: Source = white_noise
+    if job.settings.start == "natural":
+        source = synthetic_source(job.preprocessing, job.shape[0])
+    prior = job.image_prior(source=source)
+    return job.optimize(writer, job.network(objective.heads), prior, objective, how, on_step)
+
+
+def dgh_parts(job: Job) -> tuple[DghObjective, OptimizeSettings]:
+    """Return the loss that the settings of a job ask for, and how to optimize it."""
     settings = job.settings
     channels, height, width = job.shape
     heads = find_heads(job.model) if settings.output_weight != 0 else ()
     pixels = pixel_site(job.preprocessing, channels) if settings.pixel_prior else None
     watched = (*job.sites, pixels) if pixels is not None else job.sites
-    network, targets = job.network(heads), SiteTargets(watched, job.device)
+    targets = SiteTargets(watched, job.device)
     margins = None
     if settings.slack is not None:
+        network = job.network(heads)
         margins = global_margins(job.gaussians(), network, targets, settings.slack)
     objective = DghObjective(
         targets=targets,
@@ -155,8 +166,4 @@ def make_dgh(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
         output_ratio=settings.output_ratio,
         scope=settings.scope,
     )
-    source: Source = white_noise
-    if settings.start == "natural":
-        source = synthetic_source(job.preprocessing, channels)
-    prior = job.image_prior(source=source)
-    return job.optimize(writer, network, prior, objective, how, on_step)
+    return objective, how

@@ -24,6 +24,7 @@ from pipeline.generate.prior import (
     default_padding,
     white_noise,
 )
+from pipeline.generate.quantized import Quantizer
 from pipeline.generate.statistics import StatisticsMatch
 from pipeline.generate.step import measure_batch
 from pipeline.generate.store import batch_sizes, open_store
@@ -48,6 +49,7 @@ class Job:
         sites: its BatchNormalization nodes.
         preprocessing: how pixels become the model's input.
         device: where to compute.
+        quantizer: for methods that look at a quantized network.
     """
 
     def __init__(
@@ -57,10 +59,12 @@ class Job:
         sites: tuple[BatchNormSite, ...],
         preprocessing: Preprocessing,
         device: torch.device,
+        quantizer: Quantizer | None = None,
     ) -> None:
         entry = model.input
         self.model, self.settings, self.sites = model, settings, sites
         self.preprocessing, self.device = preprocessing, device
+        self.quantizer = quantizer
         self.shape = (entry.channels, entry.height, entry.width)
         batch_size = settings.batch_size or default_batch_size(
             entry.height, entry.width, settings.device

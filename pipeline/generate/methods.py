@@ -10,6 +10,7 @@ from pipeline.generate.genie import make_genie
 from pipeline.generate.job import Make
 from pipeline.generate.noise import make_noise
 from pipeline.generate.zeroq import make_zeroq
+from pipeline.generate.sadag import make_sadag
 
 __all__ = ["METHODS", "NEEDS_BATCH_NORM"]
 
@@ -20,8 +21,9 @@ METHODS: dict[str, Make] = {
     "intraq": make_intraq,
     "genie": make_genie,
     "prior": make_prior,
+    "sadag": make_sadag,
     "noise": make_noise,
 }
 
-NEEDS_BATCH_NORM = frozenset(("dgh", "zeroq", "dsg", "intraq", "genie"))
+NEEDS_BATCH_NORM = frozenset(("dgh", "zeroq", "dsg", "intraq", "genie", "sadag"))
 """Methods that match BatchNormalization statistics and nothing else."""
