@@ -18,7 +18,7 @@ were optimized. Nodes with large values drown others as published; ``site_balanc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np

@@ -10,6 +10,8 @@ more often.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -59,7 +61,7 @@ class ImageGenerator(nn.Module):
             self.first = nn.Linear(CODE, _WIDE * rows * columns)
             self.convolutions = nn.ModuleList(
                 nn.Conv2d(before, after, 3, padding=1)
-                for before, after in zip(widths, widths[1:], strict=False)
+                for before, after in itertools.pairwise(widths)
             )
         self.gains = nn.ParameterList(torch.ones(count) for count in widths[:-1])
         self.shifts = nn.ParameterList(torch.zeros(count) for count in widths[:-1])

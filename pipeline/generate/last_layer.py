@@ -129,11 +129,13 @@ def neighbor(
 
 
 def _norm(points: Tensor) -> Tensor:
-    return points.flatten(1).norm(dim=1).view(-1, *[1] * (points.dim() - 1))
+    norms: Tensor = torch.linalg.vector_norm(points.flatten(1), dim=1)
+    return norms.view(-1, *[1] * (points.dim() - 1))
 
 
 def _unit(points: Tensor) -> Tensor:
-    return points / _norm(points).clamp_min(1e-30)
+    unit: Tensor = points / _norm(points).clamp_min(1e-30)
+    return unit
 
 
 class Seen:
