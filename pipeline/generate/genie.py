@@ -53,7 +53,7 @@ __all__ = [
     "observe_all",
 ]
 
-ITERATIONS = 300
+ITERATIONS = 200
 """Steps of a batch; published: 4000."""
 LEARNING_RATE = 0.01
 """Of the generator's weights; the codes move ten times as fast."""
