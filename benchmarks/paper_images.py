@@ -102,7 +102,7 @@ def tsne_cell(sources: list[str], at: dict[str, Any], args: argparse.Namespace) 
     features, kinds = [], []
     for source in sources:
         model, images, _ = _made(source, at, args)
-        tensor = last_linear(model)[0]
+        tensor = last_linear(model).features
         values = _observed(model, images, [tensor])[tensor].reshape(images.count, -1)
         features.append(values)
         kinds += [source] * len(values)

@@ -123,8 +123,8 @@ def generate(
         NoBatchNormError: the method matches BatchNormalization, and the network has none.
         GenerationError: the loss or an observed tensor is not finite.
         DataError: ``path`` cannot be written.
-        ModelError: method sadag, and the network does not end in one linear layer.
-        SettingsError: the device does not exist, or ``preprocessing`` is for other channels.
+        SettingsError: the device does not exist, ``preprocessing`` is for other channels, or the
+            method is for classifiers, and the network is none.
     """
     start = time.perf_counter()
     count = settings.num_images or default_num_images(model.input.height, model.input.width)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pipeline.generate.dgh import make_dgh
 from pipeline.generate.diversity import make_prior
 from pipeline.generate.dsg import make_dsg
-from pipeline.generate.intraq import make_intraq
 from pipeline.generate.genie import make_genie
+from pipeline.generate.intraq import make_intraq
 from pipeline.generate.job import Make
 from pipeline.generate.noise import make_noise
-from pipeline.generate.zeroq import make_zeroq
 from pipeline.generate.sadag import make_sadag
+from pipeline.generate.zeroq import make_zeroq
 
 __all__ = ["METHODS", "NEEDS_BATCH_NORM"]
 

@@ -13,10 +13,10 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
-from graph_tools.errors import ModelError
-from graph_tools.model import Model, initializers, replace_proto
+from graph_tools.errors import SettingsError
+from graph_tools.model import Model, replace_proto
 from graph_tools.quantizer import Plan, TensorQuantizer
-from pipeline.generate.heads import find_heads
+from pipeline.generate.last_linear import LastLinear, find_last_linear
 from pipeline.generate.network import Network
 from pipeline.images import ImageSet
 from pipeline.preprocessing import Preprocessing
@@ -37,13 +37,14 @@ class QuantizedNetwork:
         device: where to run.
 
     Raises:
-        ModelError: the network does not end in one linear layer.
+        SettingsError: the network is no classifier.
     """
 
     def __init__(
         self, model: Model, plan: Plan, preprocessing: Preprocessing, device: torch.device
     ) -> None:
-        self._features, self._head = last_linear(model)
+        layer = last_linear(model)
+        self._features, self._head = layer.features, layer.logits
         self._plan = plan
         names = (self._features, self._head)
         self._network = Network(_rounded(model, plan), names, preprocessing, device)
@@ -81,55 +82,21 @@ def round_straight_through(values: Tensor, quantizer: TensorQuantizer) -> Tensor
     return (scaled + (torch.round(scaled) - scaled).detach()) * scale
 
 
-def last_linear(model: Model) -> tuple[str, str]:
-    """Return the tensors that a classifier's last linear layer reads and makes.
+def last_linear(model: Model) -> LastLinear:
+    """Return a classifier's last linear layer.
 
     Raises:
-        ModelError: the network does not end in one linear layer.
+        SettingsError: the network is no classifier.
     """
-    heads = find_heads(model)
-    fault = ModelError(
-        "the network does not end in one linear layer (Gemm, MatMul, or Conv of a 1x1 map), whose "
-        "gradients the images should agree on",
-        where=str(model.source or "the model"),
-        hint="choose another method, such as genie or dgh",
-    )
-    if len(heads) != 1:
-        raise fault
-    producers = {name: node for node in model.proto.graph.node for name in node.output}
-    constants = set(initializers(model.proto))
-    node = producers.get(heads[0])
-    if node is not None and node.op_type == "Add":  # the bias of a MatMul
-        node = next((producers[name] for name in node.input if name in producers), None)
-    if node is None:
-        raise fault
-    weighted = node.input[1] in constants and node.input[0] not in constants
-    is_product = node.op_type in ("Gemm", "MatMul")
-    flat = _rank(model, heads[0]) in (None, 2)
-    if weighted and ((is_product and flat) or _is_pointwise(model, node)):
-        return node.input[0], heads[0]
-    raise fault
-
-
-def _shape(model: Model, name: str) -> list[int] | None:
-    graph = model.proto.graph
-    for value in (*graph.value_info, *graph.output):
-        if value.name == name:
-            return [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-    return None
-
-
-def _rank(model: Model, name: str) -> int | None:
-    shape = _shape(model, name)
-    return None if shape is None else len(shape)
-
-
-def _is_pointwise(model: Model, node: onnx.NodeProto) -> bool:
-    """Whether a convolution computes one product an image."""
-    if node.op_type != "Conv":
-        return False
-    shapes = _shape(model, node.input[0]), _shape(model, node.output[0])
-    return all(shape is not None and set(shape[2:]) == {1} for shape in shapes)
+    layer = find_last_linear(model)
+    if layer is None:
+        raise SettingsError(
+            "the network does not end in one linear layer that gives each image a vector, whose "
+            "gradients sadag compares",
+            where="--method sadag",
+            hint="--method genie and dgh serve every network with BatchNormalization",
+        )
+    return layer
 
 
 def _rounded(model: Model, plan: Plan) -> Model:

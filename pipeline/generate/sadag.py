@@ -183,7 +183,7 @@ def _agreement(job: Job, network: Network, head: str, images: ImageSet) -> Agree
 
 
 def _generators(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
-    head = last_linear(job.model)[1]
+    head = last_linear(job.model).logits
     run = LatentRun(job, [head])
     steps = max(1, run.iterations // _SHARE)
     done, total = 0, (run.iterations + steps) * len(job.sizes)
@@ -242,7 +242,7 @@ def _refine(
 
 
 def _pixels(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
-    head = last_linear(job.model)[1]
+    head = last_linear(job.model).logits
     with _folder(writer.path) as folder:
         path = folder / "images.npz"
         with ImageWriter(path, count=sum(job.sizes), shape=job.model.input.shape) as first:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from graph_tools.errors import ModelError, SettingsError
+from graph_tools.errors import SettingsError
 from graph_tools.model import Model, load
 from graph_tools.prepare import prepare_for_quantization
 from graph_tools.quantizer import TensorQuantizer
@@ -160,9 +160,9 @@ def test_the_quantized_network_is_that_of_the_plan(small: Model, tmp_path: Path)
     pixels = watched._network.pixels(inputs)
     features, outputs = watched.observe(pixels)
     expected = simulate_plan(TorchGraph(network.proto), plan, inputs)
-    names = last_linear(network)
-    torch.testing.assert_close(features, expected[names[0]])
-    torch.testing.assert_close(outputs, expected[names[1]])
+    layer = last_linear(network)
+    torch.testing.assert_close(features, expected[layer.features])
+    torch.testing.assert_close(outputs, expected[layer.logits])
 
 
 @pytest.mark.parametrize("form", ["generator", "pixels"])
@@ -208,7 +208,7 @@ def test_networks_without_a_last_linear_layer_are_refused(
         m=ones,
         v=ones,
     )
-    with pytest.raises(ModelError, match="does not end in one linear layer"):
+    with pytest.raises(SettingsError, match="does not end in one linear layer"):
         run(model, tmp_path / "x.npz")
     assert not (tmp_path / "x.npz").exists()
 
@@ -225,5 +225,5 @@ def test_without_a_quantizer_the_error_says_so(small: Model, tmp_path: Path) -> 
 def test_the_last_layer_of_real_networks_is_found(shared_models: Path, name: str) -> None:
     model = load(shared_models / f"{name}.onnx")
     for network in (model, prepare_for_quantization(model)):
-        features, outputs = last_linear(network)
-        assert features != outputs
+        layer = last_linear(network)
+        assert layer.features != layer.logits
