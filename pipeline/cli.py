@@ -636,6 +636,7 @@ def _print_generation(facts: Mapping[str, Any]) -> None:
     _stdout.print(f"normalization: {_words(facts['preprocessing'])}", markup=False)
     for note in facts["notes"]:
         _stdout.print(f"note: {note}", markup=False)
+    _stdout.print(f"quality: {facts['quality']['line']}", markup=False)
 
 
 def _print_result(report: Mapping[str, Any]) -> None:

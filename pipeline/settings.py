@@ -83,10 +83,15 @@ class GenerateSettings:
     method prior."""
     output_ratio: float = 0.2
     """Gradient of the output loss as a share of that of the statistics loss."""
+    stretch_unbound: bool = False
+    """With dgh: stretch not only the outputs but every convolution's output that no
+    BatchNormalization reads, each to its own scale."""
     output_range: Literal["linear", "squared"] = "linear"
     """Stretch the range of the outputs (published code) or its square (paper)."""
     output_hinge: float | None = None
     """Bound each image's statistics at the last BatchNormalization node (paper's delta)."""
+    oversample: float = 1.0
+    """Make so many times the images, and keep those that are least alike to the network."""
     flip: bool = True
     """Mirror images at random while they are optimized (not zeroq and dsg)."""
     padding: int | None = None
@@ -119,6 +124,8 @@ class GenerateSettings:
         rate = self.learning_rate
         _require(0 <= rate < math.inf, "learning_rate", rate, "0 or more")
         _require(self.scope >= 0, "scope", self.scope, "0 or more")
+        more = self.oversample
+        _require(1 <= more < math.inf, "oversample", more, "1 or more")
         slack = self.slack
         _require(slack is None or 0 <= slack <= 1, "slack", slack, "in 0..1")
         if self.slack is not None and self.loss == "paper":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -32,12 +33,15 @@ from pipeline.generate.defaults import (
 )
 from pipeline.generate.heads import find_heads
 from pipeline.generate.input_range import guess_preprocessing
-from pipeline.generate.job import Job
+from pipeline.generate.job import Job, Made
 from pipeline.generate.loop import LossRecord, OnStep
 from pipeline.generate.methods import METHODS, NEEDS_BATCH_NORM
 from pipeline.generate.network import torch_device
+from pipeline.generate.quality import Quality, measure_quality
 from pipeline.generate.quantized import Quantizer
+from pipeline.generate.selection import keep_least_alike
 from pipeline.generate.statistics import StatisticsMatch
+from pipeline.generate.store import temporary_folder
 from pipeline.images import ImageSet, ImageWriter, open_images
 from pipeline.preprocessing import Preprocessing
 from pipeline.settings import GenerateSettings
@@ -46,6 +50,7 @@ __all__ = [
     "Generated",
     "LossRecord",
     "OnStep",
+    "Quality",
     "Quantizer",
     "StatisticsMatch",
     "default_batch_size",
@@ -79,6 +84,7 @@ class Generated:
         preprocessing: the one given, or what was guessed.
         history: loss of every iteration, averaged over the batches; empty for noise.
         statistics: how well each BatchNormalization node's statistics are met.
+        quality: how good the images are, as far as can be told without data.
         seconds: time taken.
         notes: what the user should know.
         warnings: what the user must know before relying on the images.
@@ -89,6 +95,7 @@ class Generated:
     preprocessing: Preprocessing
     history: tuple[LossRecord, ...]
     statistics: tuple[StatisticsMatch, ...]
+    quality: Quality
     seconds: float
     notes: tuple[str, ...]
     warnings: tuple[str, ...] = ()
@@ -128,7 +135,7 @@ def generate(
     """
     start = time.perf_counter()
     count = settings.num_images or default_num_images(model.input.height, model.input.width)
-    settings = replace(settings, num_images=count)
+    settings = replace(settings, num_images=math.ceil(count * settings.oversample))
     sites = find_batch_norms(model)
     method = settings.method
     if method == "auto":
@@ -150,21 +157,48 @@ def generate(
         _reproducible(device),
         _one_thread_if_tiny(model.input.height * model.input.width),
         reused_memory(),
-        ImageWriter(path, count=settings.num_images, shape=model.input.shape) as writer,
     ):
-        statistics, history = METHODS[method](job, writer, on_step)
+        with ImageWriter(path, count=count, shape=model.input.shape) as writer:
+            statistics, history = _make(job, method, writer, on_step, count)
+        images = open_images(path, shape=model.input.shape)
+        quality = measure_quality(model, images, preprocessing, settings, statistics, history)
     seconds = time.perf_counter() - start
-    logger.info("%d images by %s in %.1f s", settings.num_images, method, seconds)
+    logger.info("%d images by %s in %.1f s", count, method, seconds)
     return Generated(
-        images=open_images(path, shape=model.input.shape),
+        images=images,
         method=method,
         preprocessing=preprocessing,
         history=history,
         statistics=statistics,
+        quality=quality,
         seconds=seconds,
         notes=tuple(notes),
-        warnings=_warnings(method, bool(sites)),
+        warnings=(*_warnings(method, bool(sites)), *quality.warnings),
     )
+
+
+def _make(
+    job: Job, method: str, writer: ImageWriter, on_step: OnStep | None, count: int
+) -> Made:
+    """Make images and write ``count`` of them."""
+    more, shape = job.settings.num_images, job.model.input.shape
+    if more == count:
+        return METHODS[method](job, writer, on_step)
+    with temporary_folder(writer.path) as folder:
+        with ImageWriter(folder / "all.npz", count=more, shape=shape) as everything:
+            statistics, history = METHODS[method](job, everything, on_step)
+        made = open_images(everything.path, shape=shape)
+        kept = keep_least_alike(
+            job.model,
+            made,
+            writer,
+            job.sites,
+            job.preprocessing,
+            job.settings,
+            count,
+            statistics,
+        )
+    return kept, history
 
 
 def _warnings(method: str, has_batch_norm: bool) -> tuple[str, ...]:

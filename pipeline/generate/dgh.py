@@ -31,6 +31,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from graph_tools.batchnorm import find_bare_convolutions
 from pipeline.generate.defaults import default_iterations, default_learning_rate
 from pipeline.generate.heads import find_heads
 from pipeline.generate.job import Job, Made
@@ -138,6 +139,8 @@ def dgh_parts(job: Job) -> tuple[DghObjective, OptimizeSettings]:
     settings = job.settings
     channels, height, width = job.shape
     heads = find_heads(job.model) if settings.output_weight != 0 else ()
+    if heads and settings.stretch_unbound:
+        heads = tuple(dict.fromkeys((*heads, *find_bare_convolutions(job.model))))
     pixels = pixel_site(job.preprocessing, channels) if settings.pixel_prior else None
     watched = (*job.sites, pixels) if pixels is not None else job.sites
     targets = SiteTargets(watched, job.device)

@@ -103,8 +103,16 @@ class Network:
             hook: changes tensors, see `TorchGraph.forward`; engine torch only.
             entry: likewise, what single nodes read.
         """
-        missing = 0 if self.chunk is None else self.chunk - len(images)
-        values = self.model_input(images)
+        return {**self.run(self.model_input(images)), PIXELS: images}
+
+    def run(self, values: Tensor) -> dict[str, Tensor]:
+        """Return the observed tensors.
+
+        Args:
+            values: [N, C, H, W] or [N, H, W, C] as the model takes them; N at most `chunk`.
+        """
+        count = len(values)
+        missing = 0 if self.chunk is None else self.chunk - count
         if missing > 0:
             values = torch.cat([values, values[-1:].expand(missing, -1, -1, -1)])
         given = {"hook": hook, "entry": entry}
@@ -112,8 +120,8 @@ class Network:
             values, **{name: change for name, change in given.items() if change is not None}
         )
         if missing > 0:
-            observed = {name: value[: len(images)] for name, value in observed.items()}
-        return {**observed, PIXELS: images}
+            observed = {name: value[:count] for name, value in observed.items()}
+        return observed
 
 
 _Graph = tuple[Callable[..., dict[str, Tensor]], torch.memory_format]
