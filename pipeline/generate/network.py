@@ -103,13 +103,18 @@ class Network:
             hook: changes tensors, see `TorchGraph.forward`; engine torch only.
             entry: likewise, what single nodes read.
         """
-        return {**self.run(self.model_input(images)), PIXELS: images}
+        observed = self.run(self.model_input(images), hook=hook, entry=entry)
+        return {**observed, PIXELS: images}
 
-    def run(self, values: Tensor) -> dict[str, Tensor]:
+    def run(
+        self, values: Tensor, *, hook: Hook | None = None, entry: Entry | None = None
+    ) -> dict[str, Tensor]:
         """Return the observed tensors.
 
         Args:
             values: [N, C, H, W] or [N, H, W, C] as the model takes them; N at most `chunk`.
+            hook: as for `observe`.
+            entry: likewise.
         """
         count = len(values)
         missing = 0 if self.chunk is None else self.chunk - count
