@@ -1,9 +1,10 @@
 """Top-1 of power-of-two files: networks x schemes x rounding x calibration images x seeds.
 
 The images: ``real`` training images, ``dgh`` and ``prior`` made by the tool, ``dgh-noise`` likewise
-but started from noise, as published, and noise of two kinds: ``noise`` is the tool's own (pixels
-around middle gray, in the model's input range), ``normal`` is N(0, 1) in the model's input units,
-which flatters noise where the input is normalized to about that. ``float`` is the network itself.
+but started from noise, as published; ``zeroq`` to ``sadag`` by the methods of those names. Noise is
+of two kinds: ``noise`` is the tool's own (pixels around middle gray, in the model's input range),
+``normal`` is N(0, 1) in the model's input units, which flatters noise where the input is normalized
+to about that. ``float`` is the network itself.
 
 Run from the repository root; the real networks and images are expected in ../shared:
 
@@ -54,7 +55,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGENET = ("0.485", "0.456", "0.406"), ("0.229", "0.224", "0.225")
-IMAGES = ("real", "dgh", "dgh-noise", "noise", "normal", "prior")
+METHODS = ("zeroq", "dsg", "intraq", "genie", "sadag")
+IMAGES = ("real", "dgh", "dgh-noise", "noise", "normal", "prior", *METHODS)
 DGH = {"dgh": "natural", "dgh-noise": "noise"}  # what they start from
 
 
@@ -183,11 +185,11 @@ def quantized_cell(key: Key, settings: dict[str, Any], args: argparse.Namespace)
     settings = {**settings, "rounding": key.rounding}
     settings["weights"], settings["activations"] = bits_of(key.scheme)
     generation: dict[str, Any] = {"num_images": case.num_images, "seed": key.seed}
-    if key.images in ("noise", "prior"):
+    if key.images in ("noise", "prior", *METHODS):
         generation["method"] = key.images
     if key.images in DGH:
         generation |= {"method": "dgh", "start": DGH[key.images]}
-    adapted = key.images in (*DGH, "prior")
+    adapted = key.images in (*DGH, *METHODS, "prior")
     steps = f"-{args.iterations}" if args.iterations and adapted else ""
     if steps:
         generation["iterations"] = args.iterations
@@ -259,7 +261,7 @@ def markdown(cells: dict[str, Cell]) -> str:
             "real",
             "dgh",
             "noise",
-            *(i for i in ("dgh-noise", "normal", "prior") if i in used),
+            *(i for i in ("dgh-noise", "normal", "prior", *METHODS) if i in used),
         ]
         gaps = ["dgh - real", "dgh - noise", "dgh - float"]
         head = ["scheme, rounding", "float", *columns, *gaps, "seconds"]

@@ -23,9 +23,10 @@ from graph_tools.torch_steps import (
     runnable_nodes,
 )
 
-__all__ = ["OLDEST_OPSET", "Hook", "Step", "TorchGraph"]
+__all__ = ["OLDEST_OPSET", "Entry", "Hook", "Step", "TorchGraph"]
 
 Hook = Callable[[str, torch.Tensor], torch.Tensor]
+Entry = Callable[[Step, torch.Tensor], torch.Tensor]
 
 
 class TorchGraph(torch.nn.Module):
@@ -95,7 +96,7 @@ class TorchGraph(torch.nn.Module):
         return {**buffers, **self._host_constants}
 
     def forward(
-        self, *inputs: torch.Tensor, hook: Hook | None = None
+        self, *inputs: torch.Tensor, hook: Hook | None = None, entry: Entry | None = None
     ) -> dict[str, torch.Tensor]:
         """Compute the outputs.
 
@@ -103,6 +104,8 @@ class TorchGraph(torch.nn.Module):
             inputs: one tensor for each of ``input_names``, all on one device.
             hook: called with name and value of each graph input and of each step's outputs, in
                 order; what it returns is used instead.
+            entry: called with each step and its first input; what it returns this step, and no
+                other reader, takes instead.
 
         Returns:
             The tensors of ``output_names``. All other values are freed after their last use
@@ -120,7 +123,7 @@ class TorchGraph(torch.nn.Module):
         for name in self._unused_inputs:
             del values[name]
         for item in self._prepared:
-            self._advance(item, values, hook)
+            self._advance(item, values, hook, entry)
         return {name: self._value(name, values) for name in self.output_names}
 
     def run_step(
@@ -166,21 +169,30 @@ class TorchGraph(torch.nn.Module):
         return found
 
     def _advance(
-        self, item: Prepared, values: dict[str, torch.Tensor], hook: Hook | None
+        self,
+        item: Prepared,
+        values: dict[str, torch.Tensor],
+        hook: Hook | None,
+        entry: Entry | None,
     ) -> None:
         """Run a step on ``values``, and drop what nobody needs after it.
 
         A method of its own, so that no local variable keeps a freed tensor alive during the
         next step.
         """
-        for name, value in zip(item.step.outputs, self._run(item, values), strict=False):
+        for name, value in zip(
+            item.step.outputs, self._run(item, values, entry), strict=False
+        ):
             if name:
                 values[name] = value if hook is None else hook(name, value)
         for name in item.last_uses:
             del values[name]
 
     def _run(
-        self, item: Prepared, values: Mapping[str, torch.Tensor]
+        self,
+        item: Prepared,
+        values: Mapping[str, torch.Tensor],
+        entry: Entry | None = None,
     ) -> tuple[torch.Tensor, ...]:
         step, compute = item.step, item.compute
         if item.read_constants and not item.read_constants.isdisjoint(values):
@@ -189,6 +201,8 @@ class TorchGraph(torch.nn.Module):
         arguments = [self._value(name, values) if name else None for name in step.inputs]
         if not all(argument is None or argument.is_cpu for argument in arguments):
             self._place(item, arguments, values)
+        if entry is not None and arguments and arguments[0] is not None:
+            arguments[0] = entry(step, arguments[0])
         try:
             result = compute(*arguments)
         except Exception as error:

@@ -132,7 +132,7 @@ class Generate:
 
         from pipeline.generate import generate
         from pipeline.record import describe_generation, describe_restoration
-        from pipeline.run import preprocessing_of, restored_from
+        from pipeline.run import preprocessing_of, quantizer_of, restored_from
 
         _check_output(self.output, ".npz")
         if self.common.threads:
@@ -148,6 +148,7 @@ class Generate:
                 self.generation,
                 self.output,
                 preprocessing=preprocessing,
+                quantizer=quantizer_of(model, seed=self.generation.seed),
                 on_step=lambda done, total, terms: progress("generate", done, total, terms),
             )
         facts = describe_generation(generated, self.generation, model)
@@ -635,6 +636,7 @@ def _print_generation(facts: Mapping[str, Any]) -> None:
     _stdout.print(f"normalization: {_words(facts['preprocessing'])}", markup=False)
     for note in facts["notes"]:
         _stdout.print(f"note: {note}", markup=False)
+    _stdout.print(f"quality: {facts['quality']['line']}", markup=False)
 
 
 def _print_result(report: Mapping[str, Any]) -> None:

@@ -144,6 +144,7 @@ def describe_generation(
         "seconds": generated.seconds,
         "notes": list(generated.notes),
         "warnings": list(generated.warnings),
+        "quality": asdict(generated.quality),
         "history": [asdict(record) for record in generated.history],
         "statistics": [asdict(match) for match in generated.statistics],
     }

@@ -21,6 +21,7 @@ from graph_tools.model import Model, load, save
 from graph_tools.prepare import prepare_for_quantization
 from graph_tools.qdq import write_qdq
 from graph_tools.quantized_graph import QuantizedGraph
+from graph_tools.quantizer import Plan
 from graph_tools.restore import Restoration, restore_batch_norms
 from graph_tools.saving import data_file
 from graph_tools.side_file import read_side_file
@@ -28,11 +29,17 @@ from pipeline.evaluate.classification import Accuracy, evaluate_classification
 from pipeline.evaluate.datasets import open_dataset
 from pipeline.evaluate.sessions import open_session
 from pipeline.export import Exported, export
-from pipeline.generate import Generated, default_num_images, generate
+from pipeline.generate import (
+    Generated,
+    OnStep,
+    Quantizer,
+    default_num_images,
+    generate,
+)
 from pipeline.generate.input_range import guess_preprocessing
 from pipeline.images import ImageSet, ImageWriter, open_images
 from pipeline.preprocessing import Preprocessing
-from pipeline.quantize import quantize
+from pipeline.quantize import Quantization, quantize
 from pipeline.record import Record, metadata, recorded_preprocessing, write_run_json
 from pipeline.report import write_report
 from pipeline.settings import (
@@ -60,6 +67,7 @@ __all__ = [
     "given_preprocessing",
     "preprocessing_of",
     "quantize_file",
+    "quantizer_of",
     "restored_from",
     "verify_file",
 ]
@@ -157,11 +165,8 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
         with clock("generate"):
             images, preprocessing, generated = _calibration_images(job, model, work, progress)
         with clock("quantize"):
-            network = prepare_for_quantization(model)
-            if job.quantization.equalization:
-                network = equalize_channels(network)
-            quantization = quantize(
-                network,
+            quantization = _quantized(
+                model,
                 images,
                 job.quantization,
                 seed=job.generation.seed,
@@ -259,6 +264,40 @@ def copy_dataset(
         ):
             writer.append(images)
     return open_images(path, shape=model.input.shape)
+
+
+def quantizer_of(
+    model: Model, settings: QuantizeSettings | None = None, *, seed: int = 0
+) -> Quantizer:
+    """Return what quantizes a network for methods of generation that look at one.
+
+    Args:
+        model: the network.
+        settings: those that the images are for; if they are not known, 4 bits and blocks
+            reconstructed.
+        seed: of the images drawn while roundings are learned.
+    """
+    chosen = settings or QuantizeSettings(weights=4, activations=4, rounding="brecq")
+
+    def decide(images: ImageSet) -> tuple[Model, Plan]:
+        quantization = _quantized(model, images, chosen, seed=seed)
+        return quantization.model, quantization.plan
+
+    return decide
+
+
+def _quantized(
+    model: Model,
+    images: ImageSet,
+    settings: QuantizeSettings,
+    *,
+    seed: int,
+    on_step: OnStep | None = None,
+) -> Quantization:
+    network = prepare_for_quantization(model)
+    if settings.equalization:
+        network = equalize_channels(network)
+    return quantize(network, images, settings, seed=seed, on_step=on_step)
 
 
 def verify_file(
@@ -439,6 +478,7 @@ def _calibration_images(
             job.generation,
             path,
             preprocessing=preprocessing,
+            quantizer=quantizer_of(model, job.quantization, seed=job.generation.seed),
             on_step=lambda done, total, terms: progress("generate", done, total, terms),
         )
         return generated.images, preprocessing, generated

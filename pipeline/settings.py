@@ -35,9 +35,14 @@ def _require(condition: bool, field: str, value: object, rule: str) -> None:
 class GenerateSettings:
     """How images are made: by DGH (arXiv 2410.22110) unless --method says otherwise."""
 
-    method: Literal["auto", "dgh", "prior", "noise"] = "auto"
-    """dgh: match BatchNormalization statistics; prior: images with the statistics of natural ones,
-    adapted to the network, needs none; noise: Gaussian noise; auto: dgh where there is
+    method: Literal[
+        "auto", "dgh", "zeroq", "dsg", "intraq", "genie", "sadag", "prior", "noise"
+    ] = "auto"
+    """dgh: match BatchNormalization statistics over all images; zeroq: by each image; dsg: by each
+    image, with margins; intraq: by each batch, images of classes (classifiers only); genie: by each
+    batch, images out of a generator network; sadag: those of genie or dgh, refined on the quantized
+    network (classifiers only); prior: images with the statistics of natural ones, adapted to the
+    network, needs no BatchNormalization; noise: Gaussian noise; auto: dgh where there is
     BatchNormalization, else prior."""
     num_images: int = 0
     """How many images to make (or to take from --data); 0 chooses by image size: 256 up to
@@ -68,21 +73,45 @@ class GenerateSettings:
     published, 1 fully."""
     pixel_prior: bool = True
     """Match the statistics of the pixels, too, where they are known."""
+    slack: float | None = None
+    """Let statistics be off as far as this share of the channels are with Gaussian images, 0..1;
+    by default 0.9 for dsg, none for dgh."""
+    layer_enhancement: bool = False
+    """With dgh: let each image follow one BatchNormalization node twice as far, as dsg does."""
     output_weight: float | None = None
     """Weight (lambda) of the output loss, 0 for none; by default set from output-ratio, and 1 for
     method prior."""
     output_ratio: float = 0.2
     """Gradient of the output loss as a share of that of the statistics loss."""
+    stretch_unbound: bool = False
+    """With dgh: stretch not only the outputs but every convolution's output that no
+    BatchNormalization reads, each to its own scale."""
     output_range: Literal["linear", "squared"] = "linear"
     """Stretch the range of the outputs (published code) or its square (paper)."""
     output_hinge: float | None = None
     """Bound each image's statistics at the last BatchNormalization node (paper's delta)."""
+    oversample: float = 1.0
+    """Make so many times the images, and keep those that are least alike to the network."""
     flip: bool = True
-    """Mirror images at random while they are optimized."""
+    """Mirror images at random while they are optimized (not zeroq and dsg)."""
     padding: int | None = None
-    """Pixels by which canvases exceed the images; by default by image size."""
+    """Pixels by which canvases exceed the images; by default by method and image size."""
     blur: float | None = None
-    """Sigma of the blur in pixels, 0 for none; by default by image size."""
+    """Sigma of the blur in pixels, 0 for none; by default by method and image size."""
+    crop_scale: float | None = None
+    """In half of the steps, show every image by a resized crop of its own of at least this share
+    of its area; 1: never; by default by method."""
+    scope: int = 0
+    """How many batches share the statistics that dgh matches: 0 for all of them (as published),
+    1 for each batch by itself."""
+
+    sadag_form: Literal["generator", "pixels"] = "generator"
+    """What sadag refines: genie's images through their generators, as published, or those of dgh
+    pixel by pixel, which takes less time."""
+    sadag_matching: float = 1.0
+    """Weight of sadag's term that asks neighbors for gradients alike; 0 for none."""
+    sadag_diversity: float = 1.0
+    """Weight of sadag's term that asks other images for gradients unlike; 0 for none."""
 
     def __post_init__(self) -> None:
         _require(self.num_images >= 0, "num_images", self.num_images, "0 or more")
@@ -94,8 +123,28 @@ class GenerateSettings:
             _require(0 < value < math.inf, field, value, "a positive number")
         rate = self.learning_rate
         _require(0 <= rate < math.inf, "learning_rate", rate, "0 or more")
+        _require(self.scope >= 0, "scope", self.scope, "0 or more")
+        more = self.oversample
+        _require(1 <= more < math.inf, "oversample", more, "1 or more")
+        slack = self.slack
+        _require(slack is None or 0 <= slack <= 1, "slack", slack, "in 0..1")
+        if self.slack is not None and self.loss == "paper":
+            raise SettingsError(
+                "margins belong to the code's form of the loss",
+                where="--slack",
+                hint="leave out one of it and --loss paper",
+            )
+        scale = self.crop_scale
+        _require(scale is None or 0 < scale <= 1, "crop_scale", scale, "above 0 and at most 1")
         _require(0 <= self.site_balance <= 1, "site_balance", self.site_balance, "in 0..1")
-        for field in ("output_weight", "output_hinge", "padding", "blur"):
+        for field in (
+            "output_weight",
+            "output_hinge",
+            "padding",
+            "blur",
+            "sadag_matching",
+            "sadag_diversity",
+        ):
             value = getattr(self, field)
             _require(value is None or 0 <= value < math.inf, field, value, "0 or more")
 

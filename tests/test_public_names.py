@@ -36,7 +36,7 @@ SURFACE = {  # what users import; a change here is a change of the public interf
     "graph_tools.quantizer": {"FloatNode", "Plan", "QuantizedConstant", "TensorQuantizer"},
     "graph_tools.restore": {"Match", "Restoration", "restore_batch_norms"},
     "graph_tools.side_file": {"NormStatistics", "SideFile", "read_side_file"},
-    "graph_tools.torch_graph": {"Hook", "OLDEST_OPSET", "Step", "TorchGraph"},
+    "graph_tools.torch_graph": {"Entry", "Hook", "OLDEST_OPSET", "Step", "TorchGraph"},
     "pipeline.environments": {
         "Environment",
         "environments_folder",

@@ -1,14 +1,15 @@
 """Make calibration images from a network alone.
 
-`generate` is the way in. A method says what images should fulfil (`dgh`; `diversity` for method
-prior, which starts from `synthetic` images) or makes them outright (`noise`); `job` puts them
-together; statistics, views, store and loop are shared.
+`generate` is the way in. A method (`methods`) says what images should fulfil (`dgh`; `diversity`
+for method prior, which starts from `synthetic` images) or makes them outright (`noise`); `job`
+gives it what it needs; statistics, views, store and loop are shared.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -32,10 +33,15 @@ from pipeline.generate.defaults import (
 )
 from pipeline.generate.heads import find_heads
 from pipeline.generate.input_range import guess_preprocessing
-from pipeline.generate.job import Job
+from pipeline.generate.job import Job, Made
 from pipeline.generate.loop import LossRecord, OnStep
+from pipeline.generate.methods import METHODS, NEEDS_BATCH_NORM
 from pipeline.generate.network import torch_device
+from pipeline.generate.quality import Quality, measure_quality
+from pipeline.generate.quantized import Quantizer
+from pipeline.generate.selection import keep_least_alike
 from pipeline.generate.statistics import StatisticsMatch
+from pipeline.generate.store import temporary_folder
 from pipeline.images import ImageSet, ImageWriter, open_images
 from pipeline.preprocessing import Preprocessing
 from pipeline.settings import GenerateSettings
@@ -44,6 +50,8 @@ __all__ = [
     "Generated",
     "LossRecord",
     "OnStep",
+    "Quality",
+    "Quantizer",
     "StatisticsMatch",
     "default_batch_size",
     "default_iterations",
@@ -76,6 +84,7 @@ class Generated:
         preprocessing: the one given, or what was guessed.
         history: loss of every iteration, averaged over the batches; empty for noise.
         statistics: how well each BatchNormalization node's statistics are met.
+        quality: how good the images are, as far as can be told without data.
         seconds: time taken.
         notes: what the user should know.
         warnings: what the user must know before relying on the images.
@@ -86,6 +95,7 @@ class Generated:
     preprocessing: Preprocessing
     history: tuple[LossRecord, ...]
     statistics: tuple[StatisticsMatch, ...]
+    quality: Quality
     seconds: float
     notes: tuple[str, ...]
     warnings: tuple[str, ...] = ()
@@ -97,6 +107,7 @@ def generate(
     path: Path,
     *,
     preprocessing: Preprocessing | None = None,
+    quantizer: Quantizer | None = None,
     on_step: OnStep | None = None,
 ) -> Generated:
     """Make images for a network and write them to ``path``.
@@ -109,25 +120,27 @@ def generate(
         settings: method, number of images, seed and so on.
         path: the .npz file to write; whole or absent.
         preprocessing: how pixels become the model's input; guessed if None.
+        quantizer: quantizes the network; for method sadag.
         on_step: called as (done, total, loss terms).
 
     Returns:
         The images, in the model's own layout and normalization, and the record of the run.
 
     Raises:
-        NoBatchNormError: method dgh, and the network has no BatchNormalization.
+        NoBatchNormError: the method matches BatchNormalization, and the network has none.
         GenerationError: the loss or an observed tensor is not finite.
         DataError: ``path`` cannot be written.
-        SettingsError: the device does not exist, or ``preprocessing`` is for other channels.
+        SettingsError: the device does not exist, ``preprocessing`` is for other channels, or the
+            method is for classifiers, and the network is none.
     """
     start = time.perf_counter()
     count = settings.num_images or default_num_images(model.input.height, model.input.width)
-    settings = replace(settings, num_images=count)
+    settings = replace(settings, num_images=math.ceil(count * settings.oversample))
     sites = find_batch_norms(model)
     method = settings.method
     if method == "auto":
         method = "dgh" if sites else "prior"
-    if method == "dgh" and not sites:
+    if method in NEEDS_BATCH_NORM and not sites:
         raise _no_batch_norm(model)
     device = torch_device(settings.device)
     notes = []
@@ -139,32 +152,53 @@ def generate(
     notes += _missing_statistics(model, bool(sites))
     if model.fixed_batch is not None and sites:
         notes.append(f"the model takes only {model.fixed_batch} image(s) at a time: slow")
-    job = Job(model, settings, sites, preprocessing, device)
+    job = Job(model, settings, sites, preprocessing, device, quantizer)
     with (
         _reproducible(device),
         _one_thread_if_tiny(model.input.height * model.input.width),
         reused_memory(),
-        ImageWriter(path, count=settings.num_images, shape=model.input.shape) as writer,
     ):
-        match method:
-            case "dgh":
-                statistics, history = job.dgh(writer, on_step)
-            case "prior":
-                statistics, history = job.prior(writer, on_step)
-            case _:
-                statistics, history = job.noise(writer)
+        with ImageWriter(path, count=count, shape=model.input.shape) as writer:
+            statistics, history = _make(job, method, writer, on_step, count)
+        images = open_images(path, shape=model.input.shape)
+        quality = measure_quality(model, images, preprocessing, settings, statistics, history)
     seconds = time.perf_counter() - start
-    logger.info("%d images by %s in %.1f s", settings.num_images, method, seconds)
+    logger.info("%d images by %s in %.1f s", count, method, seconds)
     return Generated(
-        images=open_images(path, shape=model.input.shape),
+        images=images,
         method=method,
         preprocessing=preprocessing,
         history=history,
         statistics=statistics,
+        quality=quality,
         seconds=seconds,
         notes=tuple(notes),
-        warnings=_warnings(method, bool(sites)),
+        warnings=(*_warnings(method, bool(sites)), *quality.warnings),
     )
+
+
+def _make(
+    job: Job, method: str, writer: ImageWriter, on_step: OnStep | None, count: int
+) -> Made:
+    """Make images and write ``count`` of them."""
+    more, shape = job.settings.num_images, job.model.input.shape
+    if more == count:
+        return METHODS[method](job, writer, on_step)
+    with temporary_folder(writer.path) as folder:
+        with ImageWriter(folder / "all.npz", count=more, shape=shape) as everything:
+            statistics, history = METHODS[method](job, everything, on_step)
+        made = open_images(everything.path, shape=shape)
+        kept = keep_least_alike(
+            job.model,
+            made,
+            writer,
+            job.sites,
+            job.preprocessing,
+            job.settings,
+            count,
+            statistics,
+        )
+    return kept, history
 
 
 def _warnings(method: str, has_batch_norm: bool) -> tuple[str, ...]:

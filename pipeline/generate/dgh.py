@@ -31,16 +31,27 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from graph_tools.batchnorm import find_bare_convolutions
+from pipeline.generate.defaults import default_iterations, default_learning_rate
+from pipeline.generate.heads import find_heads
+from pipeline.generate.job import Job, Made
+from pipeline.generate.loop import OnStep, OptimizeSettings
+from pipeline.generate.network import pixel_site
+from pipeline.generate.objective import Objective
+from pipeline.generate.prior import Source, white_noise
+from pipeline.generate.slack import Margins, emphasize, global_margins
 from pipeline.generate.statistics import SiteTargets, Sums
 from pipeline.generate.stretch import stretch
+from pipeline.generate.synthetic import synthetic_source
+from pipeline.images import ImageWriter
 
-__all__ = ["DghObjective"]
+__all__ = ["DghObjective", "dgh_parts", "make_dgh"]
 
 _EPSILON = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class DghObjective:
+class DghObjective(Objective):
     """The loss of DGH.
 
     Args:
@@ -53,6 +64,9 @@ class DghObjective:
         output_hinge: delta of the hinges; None leaves them out.
         heads: names of the outputs to stretch.
         last: index in ``targets.sites`` of the node that the hinges watch.
+        margins: what errors of means and deviations are let be, code form only.
+        enhanced: the first so many of ``targets.sites`` are shared out among the images, each to
+            follow its own twice as far (`slack`).
     """
 
     targets: SiteTargets
@@ -63,6 +77,14 @@ class DghObjective:
     output_hinge: float | None = None
     heads: Sequence[str] = ()
     last: int = -1
+    margins: Margins | None = None
+    enhanced: int = 0
+
+    def measure(self, values: Mapping[str, Tensor], first: int) -> Sums:
+        """Return the moments of some images, differentiable."""
+        if self.enhanced:
+            values = emphasize(values, self.targets.sites[: self.enhanced], first)
+        return self.targets.measure(values)
 
     def statistics(self, sums: Sums) -> Tensor:
         """Return how far all images together are from the targets: a float64 scalar."""
@@ -71,6 +93,8 @@ class DghObjective:
         if self.form == "paper":
             return (offset.square() + (variance - targets.variance).square()).sum()
         std = (variance + _EPSILON).sqrt() - (targets.variance + _EPSILON).sqrt()
+        if self.margins is not None:
+            offset, std = self.margins.excess(offset, std)
         error = targets.mean_over_channels(offset.square() + self.std_weight * std.square())
         scale = targets.mean_over_channels(targets.variance) + _EPSILON
         return (error / scale**self.site_balance).mean()
@@ -98,3 +122,51 @@ class DghObjective:
         spread = (variance + _EPSILON).sqrt() - (target[1] + _EPSILON).sqrt()
         excess = torch.stack([(mean - target[0]).square().mean(1), spread.square().mean(1)])
         return torch.relu(excess - delta).sum(0).mean()
+
+
+def make_dgh(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
+    """Optimize images by DGH and write them."""
+    objective, how = dgh_parts(job)
+    source: Source = white_noise
+    if job.settings.start == "natural":
+        source = synthetic_source(job.preprocessing, job.shape[0])
+    prior = job.image_prior(source=source)
+    return job.optimize(writer, job.network(objective.heads), prior, objective, how, on_step)
+
+
+def dgh_parts(job: Job) -> tuple[DghObjective, OptimizeSettings]:
+    """Return the loss that the settings of a job ask for, and how to optimize it."""
+    settings = job.settings
+    channels, height, width = job.shape
+    heads = find_heads(job.model) if settings.output_weight != 0 else ()
+    if heads and settings.stretch_unbound:
+        heads = tuple(dict.fromkeys((*heads, *find_bare_convolutions(job.model))))
+    pixels = pixel_site(job.preprocessing, channels) if settings.pixel_prior else None
+    watched = (*job.sites, pixels) if pixels is not None else job.sites
+    targets = SiteTargets(watched, job.device)
+    margins = None
+    if settings.slack is not None:
+        network = job.network(heads)
+        margins = global_margins(job.gaussians(), network, targets, settings.slack)
+    objective = DghObjective(
+        targets=targets,
+        form=settings.loss,
+        std_weight=settings.std_weight,
+        site_balance=settings.site_balance,
+        output_range=settings.output_range,
+        output_hinge=settings.output_hinge,
+        heads=heads,
+        last=len(job.sites) - 1,
+        margins=margins,
+        enhanced=len(job.sites) if settings.layer_enhancement else 0,
+    )
+    iterations = settings.iterations or default_iterations(height, width, settings.start)
+    how = OptimizeSettings(
+        iterations=iterations,
+        learning_rate=settings.learning_rate
+        or default_learning_rate(iterations, min(height, width), settings.start),
+        output_weight=settings.output_weight,
+        output_ratio=settings.output_ratio,
+        scope=settings.scope,
+    )
+    return objective, how

@@ -33,18 +33,17 @@ from torch import Tensor
 
 from graph_tools.batchnorm import BatchNormSite
 from graph_tools.model import Model
-from pipeline.generate.network import PIXELS, Network
+from pipeline.generate.heads import find_heads
+from pipeline.generate.job import Job, Made
+from pipeline.generate.loop import OnStep, OptimizeSettings
+from pipeline.generate.network import PIXELS, Network, blank_site
+from pipeline.generate.objective import Objective
 from pipeline.generate.statistics import SiteTargets, Sums
 from pipeline.generate.stretch import ranges
+from pipeline.generate.synthetic import synthetic_source
+from pipeline.images import ImageWriter
 
-__all__ = [
-    "ITERATIONS",
-    "LEARNING_RATE",
-    "MOVING",
-    "DiversityObjective",
-    "find_features",
-    "measure_start",
-]
+__all__ = ["DiversityObjective", "find_features", "make_prior", "measure_start"]
 
 ITERATIONS = 20
 LEARNING_RATE = 0.1
@@ -57,23 +56,20 @@ _QUIET = 1e-3  # of a tensor's mean variance: a channel below counts as dead
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiversityObjective:
+class DiversityObjective(Objective):
     """The loss of method prior.
 
     Args:
         targets: moments of the synthetic images.
         spans: of the outputs to stretch, by name: what the synthetic images span on average.
         weight: of the logarithm, against the distance from the synthetic images' means.
+        heads: names of ``spans``: the outputs to stretch.
     """
 
     targets: SiteTargets
     spans: Mapping[str, float]
     weight: float = 0.1
-
-    @property
-    def heads(self) -> tuple[str, ...]:
-        """Names of the outputs to stretch."""
-        return tuple(self.spans)
+    heads: Sequence[str] = ()
 
     def statistics(self, sums: Sums) -> Tensor:
         """Return the loss of all images together: a float64 scalar."""
@@ -148,13 +144,13 @@ def find_features(model: Model) -> tuple[BatchNormSite, ...]:
         value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in (*model.proto.graph.value_info, *model.proto.graph.output)
     }
-    features = [_blank(PIXELS, PIXELS, model.input.channels)]
+    features = [blank_site(PIXELS, PIXELS, model.input.channels)]
     for node in model.proto.graph.node:
         shape = shapes.get(node.output[0], [])
         is_convolution = node.op_type in ("Conv", "ConvTranspose") and len(shape) > 2
         is_product = node.op_type in ("Gemm", "MatMul") and len(shape) == 2
         if (is_convolution or is_product) and shape[1] > 0:
-            features.append(_blank(node.name, node.output[0], shape[1]))
+            features.append(blank_site(node.name, node.output[0], shape[1]))
     return tuple(features)
 
 
@@ -162,14 +158,25 @@ def _sizes(features: Sequence[BatchNormSite]) -> list[int]:
     return [site.channels for site in features]
 
 
-def _blank(node: str, tensor: str, channels: int) -> BatchNormSite:
-    ones, zeros = np.ones(channels, np.float32), np.zeros(channels, np.float32)
-    return BatchNormSite(
-        node=node,
-        tensor=tensor,
-        scale=ones,
-        bias=zeros,
-        mean=zeros,
-        variance=ones,
-        epsilon=1e-6,
+def make_prior(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
+    """Adapt synthetic images to the network and write them."""
+    settings = job.settings
+    heads = find_heads(job.model) if settings.output_weight != 0 else ()
+    features = find_features(job.model)
+    network = job.network(heads, features)
+    source = synthetic_source(job.preprocessing, job.shape[0])
+    prior = job.image_prior(source=source, blur=0.0, moving=MOVING)
+    state = job.generator.get_state()
+    starts = (prior.start(size, job.generator).to(job.device) for size in job.sizes)
+    images = (prior.render(canvas, prior.center()) for canvas in starts)
+    targets, spans = measure_start(images, network, features, heads)
+    job.generator.set_state(state)  # the loop makes the same images again
+    objective = DiversityObjective(targets=targets, spans=spans, heads=tuple(spans))
+    how = OptimizeSettings(
+        iterations=settings.iterations or ITERATIONS,
+        learning_rate=settings.learning_rate or LEARNING_RATE,
+        output_weight=1.0 if settings.output_weight is None else settings.output_weight,
+        output_ratio=settings.output_ratio,
     )
+    _, history = job.optimize(writer, network, prior, objective, how, on_step)
+    return (), history

@@ -1,38 +1,21 @@
-"""One way of making images a method: set its objective, prior and defaults, and run the loop."""
+"""What every method of making images needs: the network, where images come from, and the loop.
+
+A method is a module with an objective, its defaults and a function that takes a `Job`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from graph_tools.batchnorm import BatchNormSite
 from graph_tools.model import Model
-from pipeline.generate.defaults import (
-    default_batch_size,
-    default_iterations,
-    default_learning_rate,
-)
-from pipeline.generate.dgh import DghObjective
-from pipeline.generate.diversity import (
-    ITERATIONS,
-    LEARNING_RATE,
-    MOVING,
-    DiversityObjective,
-    find_features,
-    measure_start,
-)
-from pipeline.generate.heads import find_heads
-from pipeline.generate.loop import (
-    LossRecord,
-    Objective,
-    OnStep,
-    OptimizeSettings,
-    measure_batch,
-    optimize,
-)
-from pipeline.generate.network import PIXELS, Network, pixel_site, standard_range
-from pipeline.generate.noise import noise_images
+from pipeline.generate.defaults import default_batch_size
+from pipeline.generate.loop import LossRecord, OnStep, OptimizeSettings, optimize
+from pipeline.generate.network import PIXELS, Network, standard_range
+from pipeline.generate.objective import Objective
 from pipeline.generate.prior import (
     ImagePrior,
     Source,
@@ -41,14 +24,17 @@ from pipeline.generate.prior import (
     default_padding,
     white_noise,
 )
-from pipeline.generate.statistics import SiteTargets, StatisticsMatch
+from pipeline.generate.quantized import Quantizer
+from pipeline.generate.statistics import StatisticsMatch
+from pipeline.generate.step import measure_batch
 from pipeline.generate.store import batch_sizes, open_store
-from pipeline.generate.synthetic import synthetic_source
 from pipeline.images import ImageWriter
 from pipeline.preprocessing import Preprocessing
 from pipeline.settings import GenerateSettings
 
-__all__ = ["Job"]
+__all__ = ["Job", "Made", "Make"]
+
+_GAUSSIANS = 256  # images, enough for quantiles over many channels
 
 Made = tuple[tuple[StatisticsMatch, ...], tuple[LossRecord, ...]]
 """How well statistics are met, and the loss of every iteration."""
@@ -63,6 +49,7 @@ class Job:
         sites: its BatchNormalization nodes.
         preprocessing: how pixels become the model's input.
         device: where to compute.
+        quantizer: for methods that look at a quantized network.
     """
 
     def __init__(
@@ -72,10 +59,12 @@ class Job:
         sites: tuple[BatchNormSite, ...],
         preprocessing: Preprocessing,
         device: torch.device,
+        quantizer: Quantizer | None = None,
     ) -> None:
         entry = model.input
         self.model, self.settings, self.sites = model, settings, sites
         self.preprocessing, self.device = preprocessing, device
+        self.quantizer = quantizer
         self.shape = (entry.channels, entry.height, entry.width)
         batch_size = settings.batch_size or default_batch_size(
             entry.height, entry.width, settings.device
@@ -83,81 +72,12 @@ class Job:
         self.sizes = batch_sizes(settings.num_images, batch_size)
         self.generator = torch.Generator().manual_seed(settings.seed)
 
-    def noise(self, writer: ImageWriter) -> Made:
-        """Write Gaussian noise."""
-        network = self._network(())
-        targets = SiteTargets(self.sites, self.device) if self.sites else None
-        total = targets.zero() if targets is not None else None
-        for noise in noise_images(self.sizes, self.shape, self.generator):
-            images = noise.to(self.device)
-            if targets is not None and total is not None:
-                total = total + measure_batch(images, network, targets)
-            writer.append(network.model_input(images).cpu().numpy())
-        if targets is None or total is None:
-            return (), ()
-        return targets.match(total, total), ()
+    def gaussians(self) -> Iterator[Tensor]:
+        """Yield batches of standard normal images, to measure what noise does."""
+        for size in batch_sizes(_GAUSSIANS, self.sizes[0]):
+            yield torch.randn((size, *self.shape), generator=self.generator).to(self.device)
 
-    def dgh(self, writer: ImageWriter, on_step: OnStep | None) -> Made:
-        """Optimize images and write them."""
-        settings = self.settings
-        channels, height, width = self.shape
-        heads = find_heads(self.model) if settings.output_weight != 0 else ()
-        pixels = pixel_site(self.preprocessing, channels) if settings.pixel_prior else None
-        watched = (*self.sites, pixels) if pixels is not None else self.sites
-        targets = SiteTargets(watched, self.device)
-        objective = DghObjective(
-            targets=targets,
-            form=settings.loss,
-            std_weight=settings.std_weight,
-            site_balance=settings.site_balance,
-            output_range=settings.output_range,
-            output_hinge=settings.output_hinge,
-            heads=heads,
-            last=len(self.sites) - 1,
-        )
-        iterations = settings.iterations or default_iterations(height, width, settings.start)
-        how = OptimizeSettings(
-            iterations=iterations,
-            learning_rate=settings.learning_rate
-            or default_learning_rate(iterations, min(height, width), settings.start),
-            output_weight=settings.output_weight,
-            output_ratio=settings.output_ratio,
-        )
-        source: Source = white_noise
-        if settings.start == "natural":
-            source = synthetic_source(self.preprocessing, channels)
-        matches, history = self._optimize(
-            writer, self._network(heads), self._prior(source=source), objective, how, on_step
-        )
-        return tuple(row for row in matches if row.node != PIXELS), history
-
-    def prior(self, writer: ImageWriter, on_step: OnStep | None) -> Made:
-        """Adapt synthetic images to the network and write them."""
-        settings = self.settings
-        heads = find_heads(self.model) if settings.output_weight != 0 else ()
-        features = find_features(self.model)
-        network = self._network(heads, features)
-        prior = self._prior(
-            source=synthetic_source(self.preprocessing, self.shape[0]),
-            blur=settings.blur or 0.0,
-            moving=MOVING,
-        )
-        state = self.generator.get_state()
-        starts = (prior.start(size, self.generator).to(self.device) for size in self.sizes)
-        images = (prior.render(canvas, prior.center()) for canvas in starts)
-        targets, spans = measure_start(images, network, features, heads)
-        self.generator.set_state(state)  # the loop makes the same images again
-        objective = DiversityObjective(targets=targets, spans=spans)
-        how = OptimizeSettings(
-            iterations=settings.iterations or ITERATIONS,
-            learning_rate=settings.learning_rate or LEARNING_RATE,
-            output_weight=1.0 if settings.output_weight is None else settings.output_weight,
-            output_ratio=settings.output_ratio,
-        )
-        _, history = self._optimize(writer, network, prior, objective, how, on_step)
-        return (), history
-
-    def _optimize(
+    def optimize(
         self,
         writer: ImageWriter,
         network: Network,
@@ -183,38 +103,63 @@ class Job:
                 images = prior.render(store.get(index).canvas.detach(), prior.center())
                 after = after + measure_batch(images, network, targets)
                 writer.append(network.model_input(images).cpu().numpy())
-        return targets.match(before, after), tuple(history)
+        matches = targets.match(before, after)
+        return tuple(row for row in matches if row.node != PIXELS), tuple(history)
 
-    def _network(
-        self, heads: tuple[str, ...], watched: Sequence[BatchNormSite] | None = None
+    def network(
+        self, heads: Sequence[str], watched: Sequence[BatchNormSite] | None = None
     ) -> Network:
+        """Return the network, observing ``heads`` and ``watched``, by default all ``sites``."""
         sites = self.sites if watched is None else watched
         tensors = [*(site.tensor for site in sites if site.tensor != PIXELS), *heads]
         engine = self.settings.engine
         return Network(self.model, tensors, self.preprocessing, self.device, engine)
 
-    def _prior(
+    def image_prior(
         self,
         *,
         source: Source = white_noise,
+        padding: int | None = None,
         blur: float | None = None,
+        flip: bool = True,
+        clip: bool = True,
         moving: float = 1.0,
+        crop_scale: float | None = None,
     ) -> ImagePrior:
+        """Return how canvases become images.
+
+        Args:
+            source: what images are optimized from.
+            padding: unless set by the user; by default by image size.
+            blur: likewise.
+            flip: whether views are mirrored, unless the user forbids it.
+            clip: to the valid range.
+            moving: share of the images that are optimized.
+            crop_scale: unless set by the user; by default 1, no resized crops.
+        """
         settings = self.settings
         channels, height, width = self.shape
         side = min(height, width)
-        padding = default_padding(side) if settings.padding is None else settings.padding
-        if blur is None:
-            blur = default_blur(side) if settings.blur is None else settings.blur
+        padding = default_padding(side) if padding is None else padding
+        blur = default_blur(side) if blur is None else blur
         low, high = standard_range(self.preprocessing, channels)
+        if not clip:
+            low, high = torch.full_like(low, -torch.inf), torch.full_like(high, torch.inf)
         return ImagePrior(
             height=height,
             width=width,
-            padding=padding,
-            kernel=blur_kernel(blur),
+            padding=padding if settings.padding is None else settings.padding,
+            kernel=blur_kernel(blur if settings.blur is None else settings.blur),
             low=low.to(self.device),
             high=high.to(self.device),
-            flip=settings.flip,
+            flip=flip and settings.flip,
             source=source,
             moving=moving,
+            crop_scale=(crop_scale or 1.0)
+            if settings.crop_scale is None
+            else settings.crop_scale,
         )
+
+
+Make = Callable[[Job, ImageWriter, OnStep | None], Made]
+"""A method: makes the images of a job and writes them."""

@@ -12,11 +12,11 @@ from torch import Tensor
 from graph_tools.batchnorm import BatchNormSite
 from graph_tools.errors import SettingsError
 from graph_tools.model import Model
-from graph_tools.torch_graph import TorchGraph
+from graph_tools.torch_graph import Entry, Hook, TorchGraph
 from pipeline.generate.prior import PIXEL_MEAN, PIXEL_STD
 from pipeline.preprocessing import Preprocessing
 
-__all__ = ["PIXELS", "Network", "pixel_site", "standard_range", "torch_device"]
+__all__ = ["PIXELS", "Network", "blank_site", "pixel_site", "standard_range", "torch_device"]
 
 PIXELS = "(pixels)"
 """Name under which the images themselves are observed."""
@@ -87,23 +87,49 @@ class Network:
             return values.permute(0, 2, 3, 1)
         return values.contiguous(memory_format=self._format)
 
-    def observe(self, images: Tensor) -> dict[str, Tensor]:
+    def pixels(self, values: Tensor) -> Tensor:
+        """Map model input back to standardized pixel units; the inverse of `model_input`."""
+        if self.layout == "NHWC":
+            values = values.permute(0, 3, 1, 2)
+        return (values.to(self.device) - self._shift) / self._gain
+
+    def observe(
+        self, images: Tensor, *, hook: Hook | None = None, entry: Entry | None = None
+    ) -> dict[str, Tensor]:
         """Return the observed tensors, and the images themselves as ``PIXELS``.
 
         Args:
             images: [N, C, H, W] in standardized pixel units; N at most `chunk`.
+            hook: changes tensors, see `TorchGraph.forward`; engine torch only.
+            entry: likewise, what single nodes read.
         """
-        missing = 0 if self.chunk is None else self.chunk - len(images)
-        values = self.model_input(images)
-        if missing > 0:
-            values = torch.cat([values, values[-1:].expand(missing, -1, -1, -1)])
-        observed: dict[str, Tensor] = self._graph(values)
-        if missing > 0:
-            observed = {name: value[: len(images)] for name, value in observed.items()}
+        observed = self.run(self.model_input(images), hook=hook, entry=entry)
         return {**observed, PIXELS: images}
 
+    def run(
+        self, values: Tensor, *, hook: Hook | None = None, entry: Entry | None = None
+    ) -> dict[str, Tensor]:
+        """Return the observed tensors.
 
-_Graph = tuple[Callable[[Tensor], dict[str, Tensor]], torch.memory_format]
+        Args:
+            values: [N, C, H, W] or [N, H, W, C] as the model takes them; N at most `chunk`.
+            hook: as for `observe`.
+            entry: likewise.
+        """
+        count = len(values)
+        missing = 0 if self.chunk is None else self.chunk - count
+        if missing > 0:
+            values = torch.cat([values, values[-1:].expand(missing, -1, -1, -1)])
+        given = {"hook": hook, "entry": entry}
+        observed: dict[str, Tensor] = self._graph(
+            values, **{name: change for name, change in given.items() if change is not None}
+        )
+        if missing > 0:
+            observed = {name: value[:count] for name, value in observed.items()}
+        return observed
+
+
+_Graph = tuple[Callable[..., dict[str, Tensor]], torch.memory_format]
 """An engine's graph, and the memory format that its input is best in."""
 
 
@@ -156,6 +182,20 @@ def pixel_site(preprocessing: Preprocessing, channels: int) -> BatchNormSite | N
         bias=np.zeros(channels, dtype=np.float32),
         mean=((mean - PIXEL_MEAN) / PIXEL_STD).astype(np.float32),
         variance=np.square(std / PIXEL_STD).astype(np.float32),
+        epsilon=1e-6,
+    )
+
+
+def blank_site(node: str, tensor: str, channels: int) -> BatchNormSite:
+    """Return a tensor to watch as if BatchNormalization with mean 0 and variance 1 read it."""
+    ones, zeros = np.ones(channels, np.float32), np.zeros(channels, np.float32)
+    return BatchNormSite(
+        node=node,
+        tensor=tensor,
+        scale=ones,
+        bias=zeros,
+        mean=zeros,
+        variance=ones,
         epsilon=1e-6,
     )
 

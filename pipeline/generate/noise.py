@@ -11,7 +11,28 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["noise_images"]
+from pipeline.generate.job import Job, Made
+from pipeline.generate.loop import OnStep
+from pipeline.generate.statistics import SiteTargets
+from pipeline.generate.step import measure_batch
+from pipeline.images import ImageWriter
+
+__all__ = ["make_noise", "noise_images"]
+
+
+def make_noise(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
+    """Write Gaussian noise."""
+    network = job.network(())
+    targets = SiteTargets(job.sites, job.device) if job.sites else None
+    total = targets.zero() if targets is not None else None
+    for noise in noise_images(job.sizes, job.shape, job.generator):
+        images = noise.to(job.device)
+        if targets is not None and total is not None:
+            total = total + measure_batch(images, network, targets)
+        writer.append(network.model_input(images).cpu().numpy())
+    if targets is None or total is None:
+        return (), ()
+    return targets.match(total, total), ()
 
 
 def noise_images(

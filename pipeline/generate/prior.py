@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 __all__ = [
     "PIXEL_MEAN",
@@ -27,6 +28,7 @@ __all__ = [
     "clip_straight_through",
     "default_blur",
     "default_padding",
+    "random_crops",
     "white_noise",
 ]
 
@@ -126,11 +128,15 @@ class View:
         flip: mirror left and right.
         top: first row of the crop.
         left: first column of the crop.
+        crops: [N, 2, 3], for each image the affine map from places in the image to places in the
+            canvas, both -1..1, x before y: a crop of its own, resized and perhaps mirrored, in
+            place of ``flip``, ``top`` and ``left``. None without.
     """
 
     flip: bool
     top: int
     left: int
+    crops: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +154,9 @@ class ImagePrior:
         source: makes what images are optimized from.
         moving: share of the images that are optimized, the first ones of a batch; the others stay
             as the source made them.
+        crop_scale: smallest share of the canvas's area that a resized crop shows; 1 for no
+            resized crops.
+        crop_chance: share of the views that are resized crops, one for each image.
     """
 
     height: int
@@ -159,6 +168,8 @@ class ImagePrior:
     flip: bool = True
     source: Source = white_noise
     moving: float = 1.0
+    crop_scale: float = 1.0
+    crop_chance: float = 0.5
 
     @property
     def canvas_shape(self) -> tuple[int, int, int]:
@@ -171,13 +182,20 @@ class ImagePrior:
         canvas = self.source(count, self.canvas_shape, generator)
         return torch.clamp(canvas, self.low.cpu(), self.high.cpu())
 
-    def draw(self, generator: torch.Generator) -> View:
-        """Draw a random view."""
+    def draw(self, generator: torch.Generator, count: int) -> View:
+        """Draw a random view of ``count`` canvases."""
         flip, top, left = torch.rand(3, generator=generator).tolist()
+        crops = None
+        if (
+            self.crop_scale < 1
+            and float(torch.rand(1, generator=generator)) < self.crop_chance
+        ):
+            crops = random_crops(count, self.crop_scale, generator, flip=self.flip)
         return View(
             flip=self.flip and flip < 0.5,
             top=int(top * (self.padding + 1)),
             left=int(left * (self.padding + 1)),
+            crops=crops,
         )
 
     def center(self) -> View:
@@ -197,11 +215,46 @@ class ImagePrior:
         if self.moving < 1:
             count = math.ceil(self.moving * len(canvas))
             canvas = torch.cat([canvas[:count], canvas[count:].detach()])
-        if view.flip:
+        if view.flip and view.crops is None:
             canvas = canvas.flip(3)
         if self.kernel[1]:
             canvas = _Blur.apply(canvas, *self.kernel)  # type: ignore[no-untyped-call]
-        crop = canvas[
-            :, :, view.top : view.top + self.height, view.left : view.left + self.width
-        ]
+        if view.crops is not None:
+            crop = self._resized(canvas, view.crops)
+        else:
+            rows = slice(view.top, view.top + self.height)
+            crop = canvas[:, :, rows, view.left : view.left + self.width]
         return clip_straight_through(crop, self.low, self.high)
+
+    def _resized(self, canvas: Tensor, crops: Tensor) -> Tensor:
+        size = [*canvas.shape[:2], self.height, self.width]
+        places = functional.affine_grid(crops.to(canvas), size, align_corners=False)
+        return functional.grid_sample(
+            canvas, places, padding_mode="border", align_corners=False
+        )
+
+
+def random_crops(
+    count: int, scale: float, generator: torch.Generator, *, flip: bool = True
+) -> Tensor:
+    """Draw resized crops: an area between ``scale`` and 1, 3:4 to 4:3 in shape, half mirrored.
+
+    Args:
+        count: number of images.
+        scale: smallest share of the area.
+        generator: on the CPU.
+        flip: whether any are mirrored.
+
+    Returns:
+        [count, 2, 3] as in `View`.
+    """
+    area, shape, x, y, mirror = torch.rand((5, count), generator=generator)
+    area = scale + (1 - scale) * area
+    shape = torch.exp((2 * shape - 1) * math.log(4 / 3) / 2)
+    width = (area.sqrt() * shape).clamp_max(1)
+    height = (area.sqrt() / shape).clamp_max(1)
+    maps = torch.zeros(count, 2, 3)
+    maps[:, 0, 0] = torch.where(mirror < 0.5, -width, width) if flip else width
+    maps[:, 1, 1] = height
+    maps[:, 0, 2], maps[:, 1, 2] = (2 * x - 1) * (1 - width), (2 * y - 1) * (1 - height)
+    return maps

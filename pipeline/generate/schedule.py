@@ -1,7 +1,8 @@
-"""The published learning rate schedule: halve on a plateau, then forget the best loss.
+"""The learning rate falls on a plateau of the loss.
 
-torch's ReduceLROnPlateau remembers the best loss for ever; the random views make the loss
-noisy, and one lucky value would then halve the rate again and again.
+torch's ReduceLROnPlateau, which ZeroQ, DSG and IntraQ use, remembers the best loss for ever. DGH's
+random views make the loss noisy, and one lucky value would then lower the rate again and again:
+its published schedule forgets the best loss after each fall.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 __all__ = ["Plateau"]
 
-_FACTOR, _THRESHOLD, _LOWEST = 0.5, 1e-4, 1e-4
+_THRESHOLD, _LOWEST = 1e-4, 1e-4
 
 
 @dataclass
@@ -20,11 +21,15 @@ class Plateau:
 
     Args:
         rate: current learning rate.
-        patience: steps without progress before the rate is halved.
+        patience: steps without progress before the rate falls.
+        factor: by which it falls.
+        forgets: whether the best loss is forgotten then.
     """
 
     rate: float
     patience: int
+    factor: float = 0.5
+    forgets: bool = True
     _best: float = math.inf
     _waited: int = 0
 
@@ -35,5 +40,7 @@ class Plateau:
             return
         self._waited += 1
         if self._waited > self.patience:
-            self.rate = max(self.rate * _FACTOR, _LOWEST)
-            self._best, self._waited = math.inf, 0
+            self.rate = max(self.rate * self.factor, _LOWEST)
+            self._waited = 0
+            if self.forgets:
+                self._best = math.inf

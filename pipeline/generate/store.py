@@ -19,7 +19,7 @@ from torch import Tensor
 from graph_tools.errors import DataError
 from pipeline.generate.statistics import Sums
 
-__all__ = ["Batch", "BatchStore", "batch_sizes", "open_store"]
+__all__ = ["Batch", "BatchStore", "batch_sizes", "open_store", "temporary_folder"]
 
 
 def batch_sizes(num_images: int, batch_size: int) -> tuple[int, ...]:
@@ -137,6 +137,27 @@ class BatchStore:
 
 
 @contextlib.contextmanager
+def temporary_folder(beside: Path) -> Iterator[Path]:
+    """Make a hidden folder beside a file, removed at the end.
+
+    Raises:
+        DataError: the folder cannot be made.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(
+            prefix=f".{beside.name}.", dir=beside.parent, ignore_cleanup_errors=True
+        )
+    except OSError as error:
+        raise DataError(
+            f"no folder can be made there ({error.strerror or error})",
+            where=str(beside.parent),
+            hint="choose another place with -o",
+        ) from error
+    with folder as name:
+        yield Path(name)
+
+
+@contextlib.contextmanager
 def open_store(
     beside: Path,
     *,
@@ -150,19 +171,9 @@ def open_store(
     Raises:
         DataError: the folder cannot be made or written.
     """
-    try:
-        folder = tempfile.TemporaryDirectory(
-            prefix=f".{beside.name}.", dir=beside.parent, ignore_cleanup_errors=True
-        )
-    except OSError as error:
-        raise DataError(
-            f"no folder can be made there ({error.strerror or error})",
-            where=str(beside.parent),
-            hint="choose another place with -o",
-        ) from error
-    with folder as name:
+    with temporary_folder(beside) as folder:
         yield BatchStore(
-            Path(name),
+            folder,
             sizes=sizes,
             canvas_shape=canvas_shape,
             num_statistics=num_statistics,

@@ -58,6 +58,8 @@ def judge(report: Mapping[str, Any]) -> Verdict:
     proved, tone, proof_facts, proof_clauses = _proof(report.get("proof"))
     clauses, facts = [*proof_clauses], [*proof_facts]
     clauses += _basis(report)
+    quality = (report.get("generation") or {}).get("quality") or {}
+    clauses += [f"images: {quality['line']}"] if quality.get("line") else []
     mixed = quantization.get("mixed_precision")
     clauses += [mixed["note"]] if mixed else []
     for clause, fact in (

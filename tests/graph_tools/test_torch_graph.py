@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from graph_tools.errors import ModelError, UnsupportedOperatorError
 from graph_tools.model import load
-from graph_tools.torch_graph import TorchGraph
+from graph_tools.torch_graph import Step, TorchGraph
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -393,3 +393,20 @@ def test_networks_equal_onnxruntime_and_run_on_another_device(
     moved = graph.to("meta")(torch.zeros(images.shape, device="meta"))
     for name, value in moved.items():
         assert (value.shape, value.device.type) == (results[name].shape, "meta")
+
+
+def test_an_entry_changes_what_one_node_reads_and_no_other() -> None:
+    proto = _small()
+    image = torch.rand(2, 2, 6, 6)
+    graph = TorchGraph(proto, outputs=["r", "s", "c"])
+    seen = []
+
+    def entry(step: Step, value: torch.Tensor) -> torch.Tensor:
+        seen.append(step.name)
+        return value * 0 + 0.25 if step.name == "clip" else value
+
+    plain, changed = graph(image), graph(image, entry=entry)
+    assert seen == ["conv", "clip", "side"]
+    assert torch.equal(changed["r"], torch.full_like(changed["r"], 0.25))
+    assert torch.equal(changed["s"], plain["s"])
+    assert torch.equal(changed["c"], plain["c"])

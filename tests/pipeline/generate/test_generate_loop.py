@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ import torch
 from graph_tools.batchnorm import find_batch_norms
 from graph_tools.model import Model
 from pipeline.generate.dgh import DghObjective
-from pipeline.generate.loop import OptimizeSettings, _Step, measure_batch, optimize
+from pipeline.generate.loop import OptimizeSettings, optimize
 from pipeline.generate.network import Network
+from pipeline.generate.objective import Objective
 from pipeline.generate.prior import ImagePrior, blur_kernel
-from pipeline.generate.statistics import SiteTargets
+from pipeline.generate.statistics import SiteTargets, Sums
+from pipeline.generate.step import Step, measure_batch
 from pipeline.generate.store import Batch, open_store
 from pipeline.preprocessing import Preprocessing
 
@@ -25,7 +29,9 @@ class Setup:
         self.targets = SiteTargets(find_batch_norms(model), CPU)
         preprocessing = Preprocessing(mean=(0.5,), std=(0.5,))
         self.network = Network(model, [*self.targets.tensors, *HEADS], preprocessing, CPU)
-        self.objective = DghObjective(targets=self.targets, heads=HEADS, output_hinge=0.1)
+        self.objective: Objective = DghObjective(
+            targets=self.targets, heads=HEADS, output_hinge=0.1
+        )
         bound = torch.full((1, 3, 1, 1), 2.0)
         self.prior = ImagePrior(
             height=12, width=10, padding=4, kernel=blur_kernel(0.8), low=-bound, high=bound
@@ -60,12 +66,12 @@ def test_gradient_of_a_step_is_that_of_the_loss_over_all_images(
     setup = Setup(replace(small, fixed_batch=chunk))
     reference = Setup(small)
     batch, rest = setup.batch(5, seed=1), setup.batch(max(others, 1), seed=2)
-    view = setup.prior.draw(torch.Generator().manual_seed(4))
+    view = setup.prior.draw(torch.Generator().manual_seed(4), 5)
     rest_images = setup.prior.render(rest.canvas.detach(), view)[:others]
     known = setup.targets.zero()
     if others:
         known = measure_batch(rest_images, setup.network, setup.targets)
-    step = _Step(batch, view, known, setup.network, setup.prior, setup.objective)
+    step = Step(batch, view, known, setup.network, setup.prior, setup.objective)
     own, terms = step.backward(0.01)
 
     canvas = batch.canvas.detach().clone().requires_grad_()
@@ -89,11 +95,11 @@ def test_gradient_ratio_is_the_quotient_of_the_norms(small: Model, chunk: int | 
     batch = setup.batch(4, seed=1)
     view = setup.prior.center()
     zero = setup.targets.zero()
-    step = _Step(batch, view, zero, setup.network, setup.prior, setup.objective)
+    step = Step(batch, view, zero, setup.network, setup.prior, setup.objective)
     ratio = step.gradient_ratio()
     norms = []
     for weight in (0.0, 1.0):
-        step = _Step(batch, view, zero, setup.network, setup.prior, setup.objective)
+        step = Step(batch, view, zero, setup.network, setup.prior, setup.objective)
         step.backward(weight)
         assert batch.canvas.grad is not None
         norms.append(batch.canvas.grad.clone())
@@ -102,12 +108,17 @@ def test_gradient_ratio_is_the_quotient_of_the_norms(small: Model, chunk: int | 
 
 
 def run(
-    model: Model, folder: Path, sizes: tuple[int, ...], iterations: int
+    model: Model,
+    folder: Path,
+    sizes: tuple[int, ...],
+    iterations: int,
+    objective: Objective | None = None,
+    **options: Any,
 ) -> list[torch.Tensor]:
     setup = Setup(model)
-    how = OptimizeSettings(
-        iterations=iterations, learning_rate=4.0, output_weight=None, output_ratio=0.2
-    )
+    if objective is not None:
+        setup.objective = objective
+    how = {"learning_rate": 4.0, "output_weight": None, "output_ratio": 0.2, **options}
     with open_store(
         folder / "x",
         sizes=sizes,
@@ -116,7 +127,8 @@ def run(
         device=CPU,
     ) as store:
         generator = torch.Generator().manual_seed(0)
-        optimize(store, setup.network, setup.prior, setup.objective, how, generator)
+        settings = OptimizeSettings(iterations=iterations, **how)
+        optimize(store, setup.network, setup.prior, setup.objective, settings, generator)
         return [store.get(index).canvas.detach().clone() for index in range(len(sizes))]
 
 
@@ -129,11 +141,11 @@ def test_radam_state_travels_with_the_batch(small: Model, tmp_path: Path) -> Non
     weight = None
     for iteration in range(12):
         torch.randperm(1, generator=generator)
-        view = setup.prior.draw(generator)
+        view = setup.prior.draw(generator, 6)
         zeros = torch.zeros_like(canvas)
         batch = Batch(canvas, zeros, zeros, setup.targets.zero())
         zero = setup.targets.zero()
-        step = _Step(batch, view, zero, setup.network, setup.prior, setup.objective)
+        step = Step(batch, view, zero, setup.network, setup.prior, setup.objective)
         if iteration % 10 == 0:
             new = 0.2 * step.gradient_ratio()
             weight = new if weight is None else (weight + new) / 2
@@ -149,3 +161,82 @@ def test_every_batch_is_optimized(small: Model, tmp_path: Path) -> None:
     assert [len(canvas) for canvas in end] == [4, 4, 3]
     for before, after in zip(start, end, strict=True):
         assert ((before - after).abs() > 1e-3).float().mean() > 0.9
+
+
+def test_a_batch_alone_is_optimized_as_if_there_were_no_other(
+    small: Model, tmp_path: Path
+) -> None:
+    """With a scope of one batch the first batch's path does not depend on the second one's."""
+
+    class Still(DghObjective):
+        """No gradient from the images of the second batch."""
+
+        def measure(self, values: Mapping[str, torch.Tensor], first: int) -> Sums:
+            sums = super().measure(values, first)
+            return sums if first == 0 else sums.detach()
+
+        def images(self, values: Mapping[str, torch.Tensor], first: int) -> torch.Tensor:
+            return 0 * values["c1"].sum()
+
+    for scope, alike in ((1, True), (0, False)):
+        ends = []
+        for kind in (DghObjective, Still):
+            objective = kind(targets=Setup(small).targets)
+            ends.append(run(small, tmp_path, (4, 4), 6, objective, scope=scope)[0])
+        assert torch.equal(*ends) == alike
+
+
+class Pull(Objective):
+    """Every image has its own value for the mean of the first convolution's output."""
+
+    def __init__(self, model: Model) -> None:
+        self.targets = Setup(model).targets
+        self.seen: list[int] = []
+
+    def images(self, values: Mapping[str, torch.Tensor], first: int) -> torch.Tensor:
+        means = values["c1"].mean((1, 2, 3))
+        return (means - first - torch.arange(len(means))).square().mean()
+
+    def remember(self, values: Mapping[str, torch.Tensor], first: int) -> None:
+        assert not values["c1"].requires_grad
+        self.seen += range(first, first + len(values["c1"]))
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 3])
+def test_terms_of_single_images_know_their_image(small: Model, chunk: int | None) -> None:
+    setup = Setup(replace(small, fixed_batch=chunk))
+    batch, view = setup.batch(5, seed=1), setup.prior.center()
+    pull = Pull(small)
+    zero = setup.targets.zero()
+    step = Step(batch, view, zero, setup.network, setup.prior, pull, first=7)
+    _, terms = step.backward(0.0)
+    canvas = batch.canvas.detach().clone().requires_grad_()
+    images = setup.prior.render(canvas, view)
+    means = Setup(small).network.observe(images)["c1"].mean((1, 2, 3))
+    loss = (means - torch.arange(7, 12)).square().mean()
+    loss.backward()
+    assert terms["statistics"] == pytest.approx(loss.item(), rel=1e-5)
+    assert canvas.grad is not None
+    torch.testing.assert_close(batch.canvas.grad, canvas.grad, rtol=1e-4, atol=1e-6)
+    assert pull.seen == [7, 8, 9, 10, 11]
+
+
+def test_adam_moves_as_torchs_adam_does(small: Model, tmp_path: Path) -> None:
+    setup = Setup(small)
+    generator = torch.Generator().manual_seed(0)
+    canvas = setup.prior.start(3, generator).requires_grad_()
+    optimizer = torch.optim.Adam([canvas], lr=0.5)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1, min_lr=1e-4)
+    for _ in range(12):
+        torch.randperm(1, generator=generator)
+        view = setup.prior.draw(generator, 3)
+        optimizer.zero_grad()
+        values = setup.network.observe(setup.prior.render(canvas, view))
+        loss = Pull(small).images(values, 0)
+        loss.backward()
+        optimizer.step()
+        schedule.step(loss.item())
+    options = {"optimizer": "adam", "learning_rate": 0.5, "patience": 1}
+    found = run(small, tmp_path, (3,), 12, Pull(small), factor=0.1, forgets=False, **options)
+    torch.testing.assert_close(found[0], canvas.detach(), rtol=1e-5, atol=1e-5)
+    assert optimizer.param_groups[0]["lr"] < 0.5

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from pipeline.generate.prior import (
     clip_straight_through,
     default_blur,
     default_padding,
+    random_crops,
 )
 
 
@@ -92,10 +95,10 @@ def test_gradient_reaches_every_pixel_of_the_view_and_no_other() -> None:
 
 def test_views_stay_on_the_canvas_and_reach_its_edges() -> None:
     generator = torch.Generator().manual_seed(0)
-    views = [prior().draw(generator) for _ in range(400)]
+    views = [prior().draw(generator, 3) for _ in range(400)]
     assert {view.top for view in views} == {view.left for view in views} == set(range(5))
     assert {view.flip for view in views} == {False, True}
-    assert not any(prior(flip=False).draw(generator).flip for _ in range(20))
+    assert not any(prior(flip=False).draw(generator, 3).flip for _ in range(20))
     assert prior().center() == View(flip=False, top=2, left=2)
 
 
@@ -116,3 +119,39 @@ def test_canvas_grows_with_the_image(side: int, padding: int) -> None:
 
 def test_small_images_are_not_blurred() -> None:
     assert [default_blur(side) for side in (8, 32, 224, 500)] == [0, 0, 1.25, 1.25]
+
+
+def test_resized_crops_are_boxes_of_the_canvas() -> None:
+    maps = random_crops(2000, 0.25, torch.Generator().manual_seed(0)).double()
+    width, height = maps[:, 0, 0].abs(), maps[:, 1, 1]
+    assert (maps[:, 0, 2].abs() + width).max() <= 1 + 1e-6
+    assert (maps[:, 1, 2].abs() + height).max() <= 1 + 1e-6
+    assert (maps[:, 0, 1] == 0).all()
+    inner = (width < 1) & (height < 1)
+    assert 0.25 - 1e-5 <= (width * height).min() < 0.27
+    assert (width / height)[inner].max() == pytest.approx(4 / 3, abs=0.05)
+    assert (width / height)[inner].min() == pytest.approx(3 / 4, abs=0.05)
+    assert (maps[:, 0, 0] < 0).double().mean() == pytest.approx(0.5, abs=0.05)
+    kept = random_crops(50, 0.25, torch.Generator().manual_seed(0), flip=False)
+    assert (kept[:, 0, 0] > 0).all()
+
+
+def test_a_crop_shows_its_box_mirrored_and_resized() -> None:
+    """On a canvas that is linear in x and y a resized crop is exact."""
+    rows, columns = torch.meshgrid(torch.arange(10.0), torch.arange(9.0), indexing="ij")
+    canvas = torch.stack([rows, columns])[None] / 10
+    maps = torch.tensor([[[-0.5, 0.0, 0.2], [0.0, 0.6, -0.1]]])
+    view = View(flip=True, top=1, left=3, crops=maps)
+    image = prior().render(canvas, view)[0].numpy() * 10
+    x = -0.5 * ((np.arange(5) + 0.5) / 5 * 2 - 1) + 0.2
+    y = 0.6 * ((np.arange(6) + 0.5) / 6 * 2 - 1) - 0.1
+    np.testing.assert_allclose(image[0][:, 0], (y + 1) / 2 * 10 - 0.5, atol=1e-5)
+    np.testing.assert_allclose(image[1][0], (x + 1) / 2 * 9 - 0.5, atol=1e-5)
+
+
+def test_resized_crops_are_drawn_only_where_wanted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    views = [replace(prior(), crop_scale=0.5).draw(generator, 3) for _ in range(200)]
+    shares = [view.crops is not None for view in views]
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.1)
+    assert all(view.crops is None for view in [prior().draw(generator, 3) for _ in range(9)])
