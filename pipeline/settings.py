@@ -191,7 +191,7 @@ class QuantizeSettings:
     rounding_iterations: int = 0
     """With adaround and brecq: steps for each layer or block; 0 chooses 100."""
     weight_error: Literal["outputs", "weights"] = "outputs"
-    """What chooses the scales of weights of 3 and 2 bits before roundings are learned: the error
+    """What chooses the scales of weights of 2 bits before roundings are learned: the error
     of the operator's outputs on the calibration images, or that of the weights alone."""
     reconstruction: Literal["mse", "fisher"] = "mse"
     """With adaround and brecq: minimize the mean squared error of the outputs of each layer or

@@ -29,8 +29,9 @@ __all__ = ["MOST_BITS", "fit_scales"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-MOST_BITS = 3
-"""Of wider weights the estimate is not good enough: MobileNetV1 loses three points at 4 bits."""
+MOST_BITS = 2
+"""Of wider weights the estimate is not good enough: nothing is gained at 3 bits, and MobileNetV1
+loses three points at 4."""
 
 _OPERATORS = frozenset(("Conv", "Gemm", "MatMul"))
 _LARGEST = 5000  # weights of an output channel; beyond, H would not fit
