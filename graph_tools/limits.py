@@ -40,10 +40,13 @@ MAX_TENSOR = 2**31
 MAX_WORK = 2**44
 """The most multiplications of one run at the smallest batch: minutes to hours of a CPU."""
 
-_WIDTHS = {
-    **dict.fromkeys((onnx.TensorProto.DOUBLE, onnx.TensorProto.INT64), 8),
-    **dict.fromkeys((onnx.TensorProto.FLOAT, onnx.TensorProto.INT32), 4),
-    **dict.fromkeys((onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16), 2),
+_WIDTHS: dict[int, int] = {
+    onnx.TensorProto.DOUBLE: 8,
+    onnx.TensorProto.INT64: 8,
+    onnx.TensorProto.FLOAT: 4,
+    onnx.TensorProto.INT32: 4,
+    onnx.TensorProto.FLOAT16: 2,
+    onnx.TensorProto.BFLOAT16: 2,
 }
 _POOLS = frozenset("AveragePool LpPool MaxPool".split())
 
