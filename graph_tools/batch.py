@@ -15,7 +15,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from graph_tools.folding import check_sizes, fold_constants, fold_shapes
+from graph_tools.folding import fold_constants, fold_shapes
+from graph_tools.limits import check_sizes
 from graph_tools.shape_rules import Probe, Use, free_constant, rewrite, same
 from graph_tools.shapes import BATCH, PROBES, TensorType, infer, set_shape, with_batch
 from graph_tools.walk import all_nodes

@@ -62,7 +62,7 @@ def find_changes(proto: onnx.ModelProto) -> Changes | None:
     try:
         written = json.loads(text)
         tensors, nodes = dict(written["tensors"]), dict(written["nodes"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     found = _digests(proto)
     return Changes(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import onnx
@@ -17,7 +18,13 @@ from onnx import TensorProto, helper
 from graph_tools.errors import SettingsError
 from graph_tools.weights import tensor_of
 
-__all__ = ["fix_inputs", "read_input"]
+__all__ = ["NPY_FAULTS", "fix_inputs", "read_input"]
+
+NPY_FAULTS = (
+    *(OSError, ValueError, EOFError, OverflowError),
+    *(MemoryError, RecursionError, SyntaxError, TokenError),  # headers of nested nonsense
+)
+"""What numpy raises on a file that is not what it claims to be."""
 
 _OPTION = "--input"
 
@@ -33,7 +40,7 @@ def read_input(path: str | os.PathLike[str]) -> np.ndarray:
         array = np.load(Path(path), mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         raise SettingsError("no such file", where=where) from error
-    except (OSError, ValueError, EOFError) as error:
+    except NPY_FAULTS as error:
         raise SettingsError(
             "is not an .npy file of numbers", where=where, hint="write it with numpy.save"
         ) from error

@@ -23,20 +23,12 @@ from graph_tools.shapes import TensorType, infer
 from graph_tools.walk import subgraphs
 from graph_tools.weights import import_graph, is_outside, move_out, tensor_of
 
-__all__ = [
-    "MAX_CONSTANT",
-    "MAX_TENSOR",
-    "check_sizes",
-    "fold_constants",
-    "fold_shapes",
-    "sort_nodes",
-]
+__all__ = ["MAX_CONSTANT", "fold_constants", "fold_shapes", "sort_nodes"]
 
 MAX_CONSTANT = 2**26
 """The most elements that a tensor computed from constants alone may have."""
 
-MAX_TENSOR = 2**31
-"""The most elements that any tensor may have at the batch sizes used here."""
+_MAX_CONSTANTS = 2**28  # elements of all of them, beyond 16 times those in the file
 
 _RANDOM = frozenset(
     "Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform "
@@ -211,6 +203,7 @@ def _foldable(proto: onnx.ModelProto, types: dict[str, TensorType]) -> set[str]:
     """Return the outputs of the nodes that depend on constants only and may be computed."""
     constant = {t.name for t in proto.graph.initializer if not is_outside(t)}
     foldable: set[str] = set()
+    left = _MAX_CONSTANTS + 16 * sum(math.prod(t.dims) for t in proto.graph.initializer)
     pending = list(proto.graph.node)
     while pending:
         waiting = []
@@ -218,6 +211,15 @@ def _foldable(proto: onnx.ModelProto, types: dict[str, TensorType]) -> set[str]:
             if not all(name in constant for name in node.input if name):
                 waiting.append(node)
             elif _may_compute(node, types):
+                left -= sum(
+                    _num_elements(types[n].static or ()) for n in node.output if n in types
+                )
+                if left < 0:
+                    raise ModelError(
+                        "its constants, computed, would take more than "
+                        f"{_MAX_CONSTANTS} elements",
+                        where=f"node '{node.name or node.output[0]}' ({node.op_type})",
+                    )
                 constant.update(name for name in node.output if name)
                 foldable.update(name for name in node.output if name)
         if len(waiting) == len(pending):
@@ -227,7 +229,8 @@ def _foldable(proto: onnx.ModelProto, types: dict[str, TensorType]) -> set[str]:
 
 
 def _may_compute(node: onnx.NodeProto, types: dict[str, TensorType]) -> bool:
-    if node.op_type in _RANDOM or node.op_type in ("Loop", "Scan"):
+    # What a subgraph computes has no bound: Ifs are spliced, and then folded in turn.
+    if node.op_type in _RANDOM or any(True for _ in subgraphs(node)):
         return False
     for name in filter(None, node.output):
         shape = types[name].static if name in types else None
@@ -273,18 +276,3 @@ def fold_shapes(proto: onnx.ModelProto) -> bool:
     for index in reversed(done):
         del graph.node[index]
     return bool(done)
-
-
-def check_sizes(types: dict[str, TensorType]) -> None:
-    """Refuse graphs with a tensor of more than `MAX_TENSOR` elements.
-
-    Raises:
-        ModelError: naming the tensor.
-    """
-    for name, type_ in types.items():
-        shape = type_.static
-        if shape is not None and _num_elements(shape) > MAX_TENSOR:
-            raise ModelError(
-                f"tensor '{name}' would have {_num_elements(shape)} elements",
-                hint="give a smaller --input-shape",
-            )

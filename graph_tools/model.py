@@ -21,6 +21,7 @@ from graph_tools.errors import ModelError, UnsupportedOperatorError, ZsqError
 from graph_tools.fixed_inputs import fix_inputs
 from graph_tools.image_input import ImageInput, Layout
 from graph_tools.integer_tail import find_integer_tail
+from graph_tools.limits import within_memory
 from graph_tools.normal_form import check_graph, normalize
 from graph_tools.passes import name_nodes
 from graph_tools.reading import read_proto
@@ -95,7 +96,8 @@ def load(
     where = str(path)
     fixed = fix_inputs(original, inputs or {}, where=where)
     try:
-        normal = normalize(original, where=where, input_shape=input_shape, layout=layout)
+        with within_memory(where):
+            normal = normalize(original, where=where, input_shape=input_shape, layout=layout)
     except UnsupportedOperatorError as error:
         raise UnsupportedOperatorError(error.missing, where=where) from error
     except ZsqError as error:

@@ -18,8 +18,9 @@ from onnx import inliner
 from graph_tools.batch import fold_at_batch, generalize_batch, resolve_shapes
 from graph_tools.equivalence import Reference, largest_difference
 from graph_tools.errors import ModelError
-from graph_tools.folding import check_sizes, fold_constants, sort_nodes
+from graph_tools.folding import fold_constants, sort_nodes
 from graph_tools.image_input import ImageInput, Layout, find_image_input
+from graph_tools.limits import check_cost, check_num_nodes, check_sizes
 from graph_tools.opset import (
     IR_VERSION,
     OPSET,
@@ -84,6 +85,7 @@ def normalize(
         SettingsError: an `input_shape` that is not four positive numbers.
     """
     check_versions(original, where=where)
+    check_num_nodes(original, where=where)
     version = opset_version(original)
     original, repeated = tell_names_apart(original)
     original = to_running_opset(original, where=where)
@@ -305,7 +307,9 @@ def _finish(proto: onnx.ModelProto, *, batch: int | None) -> onnx.ModelProto:
     name_nodes(result.graph)
     result.ir_version = IR_VERSION
     annotate(result, batch=batch)
-    check_sizes(infer(with_batch(result, result.graph.input[0].name, batch or 1)))
+    types = infer(with_batch(result, result.graph.input[0].name, batch or 1))
+    check_sizes(types)
+    check_cost(result, types, images=1 if batch else 3)
     check_graph(result)
     return result
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -20,7 +21,7 @@ from graph_tools import weights
 from graph_tools.errors import ModelError
 from graph_tools.walk import all_graphs, all_nodes, all_tensors
 
-__all__ = ["MAX_BYTES", "check_weights", "num_bytes", "read_proto"]
+__all__ = ["MAX_BYTES", "check_weights", "num_bytes", "read_outline", "read_proto"]
 
 MAX_BYTES = 2**31 - 1
 """The most bytes that protobuf reads or writes as one message."""
@@ -54,26 +55,28 @@ def read_proto(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, str]:
         ModelError: the file is missing, empty, truncated, not ONNX or itself larger than
             `MAX_BYTES`, or its external data is missing, too short or outside its folder.
     """
+    proto, data = _parse(Path(path))
+    _load_external_data(proto, Path(path))
+    return proto, hashlib.sha256(data).hexdigest()
+
+
+def read_outline(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """Read a model as `read_proto` does, but leave external data where they are.
+
+    Raises:
+        ModelError: see `read_proto`; the places of external data are checked.
+    """
     file = Path(path)
-    where = str(path)
-    if file.is_dir():
-        raise ModelError("is a folder", where=where, hint="give the .onnx file")
-    try:
-        data = file.read_bytes()
-    except FileNotFoundError as error:
-        raise ModelError("no such file", where=where) from error
-    except OSError as error:
-        raise ModelError(f"cannot be read: {error.strerror}", where=where) from error
-    if not data:
-        raise ModelError("the file is empty", where=where, hint="export or download it again")
-    if data.startswith(b"version https://git-lfs"):
-        raise ModelError("is a Git LFS pointer", where=where, hint="run `git lfs pull`")
-    if len(data) > MAX_BYTES:
-        raise ModelError(
-            "larger than 2 GiB, the limit of ONNX files",
-            where=where,
-            hint="export with external data",
-        )
+    proto, _ = _parse(file)
+    for name, tensor in all_tensors(proto):
+        if uses_external_data(tensor):
+            _check_external(name, tensor, file)
+    return proto
+
+
+def _parse(file: Path) -> tuple[onnx.ModelProto, bytes]:
+    where = str(file)
+    data = _read_bytes(file)
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(data)
@@ -89,8 +92,34 @@ def read_proto(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, str]:
             where=where,
             hint="export or download it again",
         )
-    _load_external_data(proto, file)
-    return proto, hashlib.sha256(data).hexdigest()
+    return proto, data
+
+
+def _read_bytes(file: Path) -> bytes:
+    """Return the content of a file that may be a model."""
+    where = str(file)
+    if file.is_dir():
+        raise ModelError("is a folder", where=where, hint="give the .onnx file")
+    try:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe or a device may never end
+            raise ModelError("is not a regular file", where=where, hint="give the .onnx file")
+        if status.st_size > MAX_BYTES:
+            raise ModelError(
+                "larger than 2 GiB, the limit of ONNX files",
+                where=where,
+                hint="export with external data",
+            )
+        data = file.read_bytes()
+    except FileNotFoundError as error:
+        raise ModelError("no such file", where=where) from error
+    except OSError as error:
+        raise ModelError(f"cannot be read: {error.strerror}", where=where) from error
+    if not data:
+        raise ModelError("the file is empty", where=where, hint="export or download it again")
+    if data.startswith(b"version https://git-lfs"):
+        raise ModelError("is a Git LFS pointer", where=where, hint="run `git lfs pull`")
+    return data
 
 
 def num_bytes(path: str | os.PathLike[str]) -> int:
@@ -111,6 +140,12 @@ def _texts(proto: onnx.ModelProto) -> Iterator[object]:
     """Yield all names; protobuf gives bytes for those that are not UTF-8."""
     for opset in proto.opset_import:
         yield opset.domain
+    for entry in proto.metadata_props:
+        yield from (entry.key, entry.value)
+    for _, tensor in all_tensors(proto):
+        yield tensor.name
+        for entry in tensor.external_data:
+            yield from (entry.key, entry.value)
     for function in proto.functions:
         yield from (function.name, function.domain, *function.input, *function.output)
     for graph in all_graphs(proto):
@@ -119,7 +154,6 @@ def _texts(proto: onnx.ModelProto) -> Iterator[object]:
             yield value.name
             for dim in value.type.tensor_type.shape.dim:
                 yield dim.dim_param
-        yield from (tensor.name for tensor in graph.initializer)
     for node in all_nodes(proto):
         yield from (node.op_type, node.name, node.domain, *node.input, *node.output)
         yield from (attribute.name for attribute in node.attribute)
@@ -130,11 +164,19 @@ def _load_external_data(proto: onnx.ModelProto, file: Path) -> None:
     external = [(name, tensor) for name, tensor in tensors if uses_external_data(tensor)]
     places = [_check_external(name, tensor, file) for name, tensor in external]
     main = {id(tensor) for tensor in proto.graph.initializer}
-    large = proto.ByteSize() + sum(length for _, _, length in places) > weights.MAX_INLINE
+    inside = proto.ByteSize()
+    large = inside + sum(length for _, _, length in places) > weights.MAX_INLINE
     for (name, tensor), (path, offset, length) in zip(external, places, strict=True):
         if large and id(tensor) in main and weights.may_be_outside(tensor, length):
             weights.refer(tensor, path, offset=offset, length=length)
             continue
+        inside += length
+        if inside > MAX_BYTES:  # many tensors may name the same part of a file
+            raise ModelError(
+                f"external data that cannot stay outside exceeds 2 GiB at tensor '{name}'",
+                where=str(file),
+                hint="export constants as initializers",
+            )
         try:
             load_external_data_for_tensor(tensor, str(file.parent))
         except Exception as error:
@@ -166,9 +208,13 @@ def _check_external(name: str, tensor: onnx.TensorProto, file: Path) -> tuple[Pa
         raise fault("lies outside the model's folder", "keep it beside the .onnx file")
     folder = file.parent.resolve()
     target = file.parent / location
-    if not target.resolve().is_relative_to(folder):
+    try:
+        inside, found = target.resolve().is_relative_to(folder), target.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long, links in a circle
+        raise fault("cannot be found", "keep it beside the .onnx file") from error
+    if not inside:
         raise fault("is a link that leaves the model's folder", "copy the data there")
-    if not target.is_file():
+    if not found:
         raise fault("is missing", "keep it beside the .onnx file")
     try:
         offset = int(entries.get("offset") or 0)

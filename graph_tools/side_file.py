@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ _MEAN = ("running_mean", "moving_mean", "mean")
 _VARIANCE = ("running_var", "moving_variance", "moving_var", "variance", "var")
 _SCALE = ("weight", "gamma", "scale")
 _BIAS = ("bias", "beta", "offset")
+_ANY_BYTES = 2**20  # that small files may expand to
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "_orig_mod")
 
 
@@ -149,7 +151,10 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns of old formats
+                _check_stored(path)
                 content = torch.load(path, map_location="cpu", weights_only=True)
+    except DataError:
+        raise
     except Exception as error:  # readers of broken files raise anything
         reason = " ".join(str(error).split()).split(". ")[0][:160]
         if "weights_only" in reason.lower() or "weights only" in reason.lower():
@@ -159,30 +164,75 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
                 hint="save the tensors alone: torch.save(model.state_dict(), FILE)",
             ) from error
         raise DataError(f"cannot be read ({reason})", where=where, hint=hint) from error
+    found = {
+        name: value
+        for name, value in _flatten(content).items()
+        if value.is_floating_point() and value.layout is torch.strided
+    }
+    if path.suffix != ".safetensors":  # there the reader checks that nothing overlaps
+        _check_bytes(found, path)
     return _short_names(
         {
             name: value.detach().to(torch.float64).numpy()
             if value.dim() < 2
             else value.detach().to(torch.float32).numpy()
-            for name, value in _flatten(content).items()
-            if value.is_floating_point() and not value.is_sparse
+            for name, value in found.items()
         }
     )
 
 
-def _flatten(content: object, prefix: str = "") -> dict[str, torch.Tensor]:
+def _check_stored(path: Path) -> None:
+    """Refuse a checkpoint whose parts are compressed, as those of torch never are.
+
+    Raises:
+        DataError: a decompression bomb.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > path.stat().st_size:
+        raise DataError(
+            f"its parts grow to {size:,} bytes, more than the file has",
+            where=str(path),
+            hint="write it with torch.save",
+        )
+
+
+def _check_bytes(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuse views that make terabytes of one stored number.
+
+    Raises:
+        DataError: the tensors are much larger than their file.
+    """
+    asked = sum(value.numel() * value.element_size() for value in tensors.values())
+    if asked > 4 * path.stat().st_size + _ANY_BYTES:
+        raise DataError(
+            f"its tensors would take {asked:,} bytes, many times the file's",
+            where=str(path),
+            hint="save contiguous tensors",
+        )
+
+
+def _flatten(content: object) -> dict[str, torch.Tensor]:
     """Return the tensors in nested mappings, names joined by dots.
 
     A checkpoint may hold several sets, say of weights and of their moving averages; which of them
     was exported shows in the values.
     """
-    if isinstance(content, torch.Tensor):
-        return {prefix: content} if prefix else {}
-    if not isinstance(content, Mapping):
-        return {}
     found: dict[str, torch.Tensor] = {}
-    for key, value in content.items():
-        found |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    seen: set[int] = set()  # a pickle may hold itself, or one mapping many times over
+    pending: list[tuple[str, object]] = [("", content)]
+    while pending:
+        prefix, value = pending.pop()
+        if isinstance(value, torch.Tensor) and prefix:
+            found[prefix] = value
+        elif isinstance(value, Mapping) and id(value) not in seen:
+            seen.add(id(value))
+            inner = [
+                (f"{prefix}.{key}" if prefix else str(key), v) for key, v in value.items()
+            ]
+            pending += reversed(inner)
     return found
 
 

@@ -8,7 +8,14 @@ import onnx
 
 from graph_tools.errors import ModelError
 
-__all__ = ["all_graphs", "all_nodes", "all_tensors", "needed_nodes", "subgraphs"]
+__all__ = [
+    "all_graphs",
+    "all_nodes",
+    "all_tensors",
+    "needed_nodes",
+    "nested_nodes",
+    "subgraphs",
+]
 
 
 def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
@@ -20,18 +27,19 @@ def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
             yield from attribute.graphs
 
 
-def _nested_nodes(nodes: Iterator[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+def nested_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Yield nodes, and after each those of its subgraphs."""
     for node in nodes:
         yield node
         for graph in subgraphs(node):
-            yield from _nested_nodes(iter(graph.node))
+            yield from nested_nodes(graph.node)
 
 
 def all_nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     """Yield every node of the graph, of its subgraphs and of the model-local functions."""
-    yield from _nested_nodes(iter(proto.graph.node))
+    yield from nested_nodes(proto.graph.node)
     for function in proto.functions:
-        yield from _nested_nodes(iter(function.node))
+        yield from nested_nodes(function.node)
 
 
 def all_graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:

@@ -26,6 +26,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from graph_tools.errors import SettingsError, ZsqError
+from pipeline.crash import run_guarded
 from pipeline.settings import (
     GenerateSettings,
     InputSettings,
@@ -450,6 +451,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # torch's threads spin while they wait, and on a busy machine that costs a factor of ten; to
     # be read by the OpenMP runtime this must be set before torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if arguments is None and "--debug" not in sys.argv:
+        return run_guarded(lambda: main(sys.argv[1:]), _say_crash)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     try:
@@ -461,7 +464,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream=sys.stderr,
             format="%(name)s: %(message)s",
         )
-        code, facts = command.run()
+        from graph_tools.limits import within_memory
+
+        with within_memory(arguments[0]):
+            code, facts = command.run()
         if command.common.json:
             sys.stdout.write(json.dumps(_finite(facts), indent=1) + "\n")
         return code
@@ -486,6 +492,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             soft_wrap=True,
         )
         return 3
+
+
+def _say_crash(name: str) -> int:
+    """One line for a process that could say nothing itself."""
+    if name == "SIGKILL":
+        what, hint = "the process was killed", "most likely memory ran out"
+    else:
+        what = f"a library crashed ({name})"
+        hint = "the model may be damaged; --debug shows how far it came"
+    _stderr.print(f"zsq: {what}; {hint}", markup=False, soft_wrap=True)
+    return 3
 
 
 def _parse(arguments: Sequence[str]) -> Command | None:

@@ -22,10 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from graph_tools.errors import DataError
+from graph_tools.fixed_inputs import NPY_FAULTS
+from pipeline.archives import check_archive, check_member
 
 __all__ = ["ImageSet", "ImageWriter", "open_images"]
 
 ARRAY = "images"
+MAX_VALUES = 2**28  # of one image, a gigabyte
 # What zipfile, zlib and numpy.lib.format raise on files that are not what they claim.
 _BROKEN = (
     OSError,
@@ -276,7 +279,9 @@ def _open_array(path: Path) -> Iterator[tuple[IO[bytes], _Header]]:
         if magic[:2] == b"PK":
             with _explained(path):
                 archive = stack.enter_context(zipfile.ZipFile(file))
+                check_archive(archive, where=str(path))
                 member = _member(archive, path)
+                check_member(member, where=str(path))
                 stream = stack.enter_context(archive.open(member))
             size = member.file_size
         elif magic != b"\x93NUMPY":
@@ -310,7 +315,10 @@ def _read_header(
     }
     if version not in readers:
         raise ValueError(f"npy format {version} is not known")
-    return readers[version](stream), stream.tell()
+    try:
+        return readers[version](stream), stream.tell()
+    except (*NPY_FAULTS, TypeError) as error:
+        raise ValueError("its header is not that of an array") from error
 
 
 def _check_header(
@@ -337,6 +345,8 @@ def _check_header(
             where=where,
             hint="apply numpy.ascontiguousarray before saving",
         )
+    if math.prod(shape[1:]) > MAX_VALUES:
+        raise DataError(f"one image would have {math.prod(shape[1:]):,} values", where=where)
     if size != math.prod(shape) * dtype.itemsize:
         raise DataError(
             f"the file is truncated or does not fit its header, {list(shape)}", where=where

@@ -181,7 +181,7 @@ class Preprocessing:
         """
         try:
             found = cls.from_dict(json.loads(metadata["preprocessing"]))
-        except (KeyError, TypeError, ValueError, SettingsError):
+        except (KeyError, TypeError, ValueError, RecursionError, SettingsError):
             return None
         return replace(found, source="model metadata")
 

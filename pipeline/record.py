@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
-from google.protobuf.message import DecodeError
 
 from graph_tools.batchnorm import find_affine_leftovers, find_batch_norms
 from graph_tools.compare import TensorComparison, compare_tensors
-from graph_tools.errors import ZsqError
+from graph_tools.errors import ModelError, ZsqError
 from graph_tools.model import Model, initializers
 from graph_tools.qdq import dequantized_name
 from graph_tools.quantizer import TensorQuantizer
-from graph_tools.reading import num_bytes, read_proto
+from graph_tools.reading import num_bytes, read_outline, read_proto
 from graph_tools.restore import Restoration
 from pipeline.evaluate.classification import Accuracy
 from pipeline.generate import Generated, default_batch_size
@@ -84,8 +82,8 @@ def metadata(
 def recorded_preprocessing(path: Path) -> Preprocessing | None:
     """The normalization that `metadata` wrote into a quantized file; None without one."""
     try:
-        properties = onnx.load(path, load_external_data=False).metadata_props
-    except (OSError, ValueError, DecodeError):
+        properties = read_outline(path).metadata_props
+    except ModelError:
         return None  # whoever runs the file says what is wrong with it
     return Preprocessing.from_metadata({entry.key: entry.value for entry in properties})
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graph_tools.errors import DataError
+from pipeline.archives import check_member
 from pipeline.evaluate.files import Files, FolderFiles, ZipFiles
 from pipeline.evaluate.pictures import SUFFIXES
 from pipeline.evaluate.sources import ArraySource, ImageSource, PictureSource
@@ -250,6 +251,8 @@ def _arrays(path: Path) -> Dataset:
     where = str(path)
     try:
         with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                check_member(member, where=where)
             total = sum(info.file_size for info in archive.infolist())
         if total > MAX_ARRAY_BYTES:
             raise DataError(

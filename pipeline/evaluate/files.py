@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from graph_tools.errors import DataError
+from pipeline.archives import check_archive, check_member
 
 __all__ = ["Files", "FolderFiles", "Read", "ZipFiles", "is_hidden"]
 
@@ -60,7 +62,10 @@ class FolderFiles:
         def read(name: str) -> bytes:
             file = self.path / name
             try:
-                _check_bytes(file.stat().st_size, str(file))
+                status = file.stat()
+                if not stat.S_ISREG(status.st_mode):  # a pipe would never end
+                    raise DataError("is not a regular file", where=str(file))
+                _check_bytes(status.st_size, str(file))
                 return file.read_bytes()
             except OSError as error:
                 what = f"cannot be read ({error.strerror or error})"
@@ -89,7 +94,9 @@ class ZipFiles:
             def read(name: str) -> bytes:
                 where = f"{self.path}:{name}"
                 try:
-                    _check_bytes(archive.getinfo(name).file_size, where)
+                    member = archive.getinfo(name)
+                    _check_bytes(member.file_size, where)
+                    check_member(member, where=str(self.path))
                     return archive.read(name)
                 except DataError:
                     raise
@@ -108,6 +115,7 @@ class ZipFiles:
                 f"cannot be read as a zip archive ({error})", where=str(self.path)
             ) from error
         with archive:
+            check_archive(archive, where=str(self.path))
             yield archive
 
 

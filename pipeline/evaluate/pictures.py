@@ -18,6 +18,8 @@ SUFFIXES = frozenset(
 )
 # Larger than any camera's pictures in use as test data; 150 MB of RGB.
 MAX_PIXELS = 50_000_000
+# Pillow would open any format it knows, whatever the name: PostScript runs Ghostscript.
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _MODES = {1: "L", 3: "RGB"}
 
 
@@ -46,7 +48,7 @@ def decode(data: bytes, channels: int, where: str) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow warns about huge pictures, which are refused below, and about metadata.
             warnings.simplefilter("ignore")
-            image: Image.Image = Image.open(io.BytesIO(data))
+            image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
             _check_size(image.width, image.height, where)
             if image.mode[0] in "IF":
                 raise DataError(

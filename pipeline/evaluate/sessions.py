@@ -15,8 +15,9 @@ import onnxruntime
 
 from graph_tools.errors import DynamicShapeError, ModelError, SettingsError
 from graph_tools.fixed_inputs import fix_inputs
+from graph_tools.limits import check_file_cost
 from graph_tools.model import ImageInput, Layout
-from graph_tools.reading import read_proto
+from graph_tools.reading import read_outline, read_proto
 from graph_tools.saving import loadable
 
 __all__ = ["Session", "open_session"]
@@ -112,6 +113,7 @@ def open_session(
         raise SettingsError(f"{threads} is not 0 or more", where="--threads")
     if not path.is_file():
         raise ModelError("there is no such file", where=str(path))
+    check_file_cost(read_outline(path), where=str(path))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads

@@ -16,7 +16,7 @@ import onnx
 from graph_tools.digests import find_changes
 from graph_tools.errors import DataError, ModelError, VerificationError
 from graph_tools.quantized_graph import QuantizedGraph
-from graph_tools.reading import read_proto
+from graph_tools.reading import check_weights, read_proto
 from pipeline.images import ImageSet
 from pipeline.settings import VerifySettings
 from pipeline.verify.accumulators import Accumulator, measure_accumulators
@@ -213,6 +213,7 @@ def _interpreter(
 def _read(path: Path) -> onnx.ModelProto:
     try:
         proto, _ = read_proto(path)
+        check_weights(proto, where=str(path))
     except ModelError as error:
         raise VerificationError(error.what, where=error.where, hint=error.hint) from error
     if not proto.graph.node:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from graph_tools.errors import IntegerOverflowError, ZsqError
+from graph_tools.errors import IntegerOverflowError, VerificationError, ZsqError
 from graph_tools.integer import FirstDifference, IntegerNetwork, first_difference
 from graph_tools.quantized_graph import QuantizedGraph
 from graph_tools.saving import loadable
@@ -238,7 +238,9 @@ class Interpreter:
     def _dequantized(
         self, name: str, integers: Mapping[str, npt.NDArray[np.int64]]
     ) -> npt.NDArray[np.float32]:
-        stored = self._integers[name]
+        stored = self._integers.get(name)
+        if stored is None or stored not in integers:
+            raise VerificationError(f"the interpreter has no integers for '{name}'")
         reader = next(n for n in self._graph.dequantizers if n.input[0] == stored)
         scale = self._graph.scale(reader)
         middle = zero_point(self._graph, reader)
