@@ -8,7 +8,7 @@ in their environments (`zsq targets install`):
 The networks are calibrated with noise (what calibrates them does not matter for exactness) and
 compared on real images. Cells that are in benchmarks/results/targets.json are not measured again.
 OpenVINO is measured twice on CPUs with AVX-512: as it is, and held to AVX2, where 8-bit kernels
-saturate.
+saturate; and on files that are made for it (`zsq quantize --target openvino --weight-range 7bit`).
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from pipeline.settings import (
 from pipeline.verify.agreement import compare_targets
 
 RESULTS = ROOT / "benchmarks" / "results" / "targets.json"
+OWN = "openvino, its file"
 SCHEMES: dict[str, dict[str, Any]] = {"W8A8": {}, "W4A8": {"weights": 4}}
 NETWORKS = {
     "digits_resnet": CASES["digits_resnet"],
@@ -60,8 +61,10 @@ def network(name: str) -> Path:
     return own if own.exists() else SHARED / "models" / f"{name}.onnx"
 
 
-def quantized(name: str, scheme: str, folder: Path) -> Path:
-    output = folder / f"{name}.{scheme.lower()}.onnx"
+def quantized(name: str, scheme: str, folder: Path, *, own: bool = False) -> Path:
+    """The quantized file; ``own``: made for OpenVINO, with weights of 7 bits at most."""
+    output = folder / f"{name}.{scheme.lower()}{'.openvino' if own else ''}.onnx"
+    settings = QuantizeSettings(**SCHEMES[scheme], weight_range="7bit" if own else "full")
     if not output.exists():
         (mean, std), _, shape = NETWORKS[name]
         quantize_file(
@@ -70,7 +73,8 @@ def quantized(name: str, scheme: str, folder: Path) -> Path:
                 output=output,
                 input=InputSettings(mean=mean, std=std, input_shape=shape),
                 generation=GenerateSettings(method="noise", num_images=64),
-                quantization=QuantizeSettings(**SCHEMES[scheme]),
+                quantization=settings,
+                target="openvino" if own else "onnxruntime",
                 verification=VerifySettings(max_images=1),
                 threads=1,
             )
@@ -100,11 +104,13 @@ def measure(name: str, scheme: str, args: argparse.Namespace) -> Cell:
     with tempfile.TemporaryDirectory() as folder:
         images = real_images(name, args.images, Path(folder))
         found = compare_targets(path, images, settings, args.targets).to_dict()
-        if "avx512bw" in found["cpu"]["flags"] and args.targets == "all":
-            os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"  # read by oneDNN in OpenVINO
-            narrow = compare_targets(path, images, settings, "openvino").to_dict()
-            del os.environ["ONEDNN_MAX_CPU_ISA"]
-            found["rows"] += [_narrow(row) for row in narrow["rows"]]
+        if args.targets in ("all", "openvino"):
+            rows = _openvino(path, images, settings) if args.targets == "all" else []
+            rows = [row for row in rows if row["target"] != "openvino"]
+            made = quantized(name, scheme, args.files, own=True)
+            for row in _openvino(made, images, settings):
+                rows.append(row | {"target": row["target"].replace("openvino", OWN)})
+            found["rows"] += rows
     found["model"] = path.name
     kept = read_cells(args.results).get(f"{name} {scheme}")
     if kept is not None and args.targets != "all":  # of these targets alone
@@ -113,9 +119,22 @@ def measure(name: str, scheme: str, args: argparse.Namespace) -> Cell:
     return found | {"wall_seconds": round(time.perf_counter() - started, 1)}
 
 
+def _openvino(path: Path, images: ImageSet, settings: VerifySettings) -> list[dict[str, Any]]:
+    """OpenVINO as it is, and held to AVX2 on CPUs that can do more."""
+    found = compare_targets(path, images, settings, "openvino").to_dict()
+    rows: list[dict[str, Any]] = found["rows"]
+    if "avx512bw" in found["cpu"]["flags"]:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"  # read by oneDNN in OpenVINO
+        narrow = compare_targets(path, images, settings, "openvino").to_dict()
+        del os.environ["ONEDNN_MAX_CPU_ISA"]
+        rows = rows + [_narrow(row) for row in narrow["rows"]]
+    return rows
+
+
 def _narrow(row: dict[str, Any]) -> dict[str, Any]:
     explained = {"verdict": "explained", "cause": "saturation (held to AVX2)"}
-    return row | {"target": "openvino (AVX2)"} | (explained if row["differing"] else {})
+    name = f"{row['target']} (AVX2)"
+    return row | {"target": name} | (explained if row["differing"] else {})
 
 
 def describe(cell: Cell) -> str:
