@@ -36,7 +36,7 @@ from pipeline.settings import (
 if TYPE_CHECKING:
     from graph_tools.model import Model
     from pipeline.target_profiles import TargetProfile
-    from pipeline.verify.agreement import Agreement
+    from pipeline.verify.rows import Agreement
 
 __all__ = ["main"]
 
@@ -255,7 +255,7 @@ class Verify:
     def run(self) -> tuple[int, dict[str, Any]]:
         """Run and compare."""
         from pipeline.run import compare_file, verify_file
-        from pipeline.verify.agreement import parse_targets
+        from pipeline.verify.engines import parse_targets
 
         settings = VerifySettings(
             max_images=self.max_images,

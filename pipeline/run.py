@@ -45,8 +45,9 @@ from pipeline.target_profiles import load_profile
 from pipeline.target_rules import in_form, not_taken, settings_for, with_batch
 from pipeline.verify import verify
 from pipeline.verify.accumulators import refuse_overflow
-from pipeline.verify.agreement import Agreement, compare_targets
+from pipeline.verify.agreement import compare_targets
 from pipeline.verify.proof import Proof
+from pipeline.verify.rows import Agreement
 
 __all__ = [
     "OnProgress",

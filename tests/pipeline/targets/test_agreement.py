@@ -15,10 +15,11 @@ from pipeline.cli import main
 from pipeline.images import ImageWriter, open_images
 from pipeline.settings import VerifySettings
 from pipeline.target_profiles import Check
-from pipeline.verify import agreement
-from pipeline.verify.agreement import compare_targets, measure_target, parse_targets
+from pipeline.verify import agreement, causes
+from pipeline.verify.agreement import compare_targets, measure_target
 from pipeline.verify.compilers.engine import Ran, Refusal
 from pipeline.verify.compilers.onnxruntime_engine import OnnxruntimeEngine
+from pipeline.verify.engines import parse_targets
 from pipeline.verify.reference import Reference, static_copy
 from tests.pipeline.qdq_builder import residual_network
 
@@ -106,13 +107,13 @@ def test_known_causes_count_only_where_the_file_has_their_pattern(monkeypatch):
     row = measure_target(Fake("fc_b_q"), reference, Check(fuses_add=True))
     assert (row.verdict, row.allowed_steps) == ("explained", None)
     assert "skips the rounding" in row.cause
-    monkeypatch.setattr(agreement, "has_rounded_branch", lambda graph: False)
+    monkeypatch.setattr(causes, "has_rounded_branch", lambda graph: False)
     assert measure_target(Fake("fc_b_q"), reference, Check(fuses_add=True)).failed
 
     class Old:
         vnni = False
 
-    monkeypatch.setattr(agreement, "read_cpu", Old)
+    monkeypatch.setattr(causes, "read_cpu", Old)
     row = measure_target(Fake("fc_b_q"), reference, Check(saturates=True))
     assert (row.verdict, "saturation" in row.cause) == ("explained", True)
     Old.vnni = True
@@ -231,7 +232,7 @@ def test_the_command_prints_a_table_and_exits_by_it(tmp_path, monkeypatch, capsy
 
     engine = Fake("fc_b_q")
     monkeypatch.setattr(
-        agreement, "_engines", lambda profile, settings: [("fake", engine, Check())]
+        agreement, "engines_of", lambda profile, settings: [("fake", engine, Check())]
     )
     code, out, _ = command(capsys, "verify", path, "--targets", "tvm", *few)
     assert code == 1

@@ -9,14 +9,14 @@ import onnx
 import pytest
 
 from graph_tools.quantized_graph import QuantizedGraph
-from pipeline.environments import find_environment, how_to_get
 from pipeline.target_profiles import Check, load_profile
 from pipeline.verify.agreement import measure_target
 from pipeline.verify.compilers.onnxruntime_engine import OnnxruntimeEngine
-from pipeline.verify.compilers.process import RUNNERS, ProcessEngine
+from pipeline.verify.compilers.process import ProcessEngine
 from pipeline.verify.cut import cut_at
 from pipeline.verify.reference import Reference, static_copy
 from tests.pipeline.qdq_builder import QdqBuilder, residual_network
+from tests.pipeline.targets.installed import installed
 
 pytestmark = pytest.mark.slow
 Compiler = Callable[[str], ProcessEngine]
@@ -25,23 +25,7 @@ Compiler = Callable[[str], ProcessEngine]
 @pytest.fixture
 def compiler(monkeypatch) -> Compiler:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-    def start(name: str) -> ProcessEngine:
-        profile = load_profile(name)
-        environment = find_environment(profile)
-        if environment is None:
-            pytest.skip(f"{name} is not installed: {how_to_get(profile)}")
-        return ProcessEngine(
-            name=name,
-            version=environment.version,
-            python=environment.python,
-            script=RUNNERS / f"{name}.py",
-            timeout=300,
-            threads=1,
-            opset=profile.verify.opset,
-        )
-
-    return start
+    return installed
 
 
 def images(count: int = 4) -> np.ndarray:
@@ -76,6 +60,55 @@ def test_iree_refuses_one_window_of_a_strided_depthwise_convolution(compiler):
     assert "to be 6, but found 5" in row.refused
     exact = measure_target(compiler("tvm"), Reference.measure(proto, given), Check())
     assert exact.verdict == "exact"
+
+
+def test_iree_takes_the_unsigned_integers_of_a_clip_for_signed_ones(compiler):
+    """IREE 3.13.0: what exceeds 127 becomes the lower bound; with int8 all is well."""
+    for dtype, low, high, exact in ((np.uint8, 0, 15, False), (np.int8, -8, 7, True)):
+        g = QdqBuilder((1, 4, 8), dtype=dtype)
+        bounds = [
+            g.constant(name, np.asarray(value, dtype))
+            for name, value in (("low", low), ("high", high))
+        ]
+        g.node("Clip", [f"{g.image.removesuffix('_dq')}_q", *bounds], "narrow")
+        g.node("DequantizeLinear", ["narrow", "image_scale", "image_zero"], "out")
+        proto = static_copy(g.model({"out": 4}), 1)
+        ramp = np.arange(-64, 192, 8, dtype=np.float32) / 32
+        given = Reference.measure(proto, ramp.reshape(1, 1, 1, 4, 8))
+        row = measure_target(compiler("iree"), given, load_profile("iree").verify)
+        assert (row.verdict, row.failed) == ("exact" if exact else "explained", False)
+        assert ("takes the unsigned integers" in row.cause) is not exact
+        others = measure_target(compiler("tvm"), given, load_profile("tvm").verify)
+        assert others.verdict == "exact"
+
+
+def moved(operator: str, attributes: dict, pads: list[int]) -> onnx.ModelProto:
+    g = QdqBuilder((1, 6, 6))
+    if operator == "ConvTranspose":
+        g.weighted(
+            "ConvTranspose", g.image, "y", (1, 2, 2, 2), axis=1, pads=pads, **attributes
+        )
+    else:
+        given = g.constant("pads", np.int64([0, 0, *pads[:2], 0, 0, *pads[2:]]))
+        g.node("Pad", [g.image, given], "y", **attributes)
+    g.quantize("y", -5, np.int8, output="out")
+    return static_copy(g.model({"out": 4}), 1)
+
+
+@pytest.mark.parametrize(
+    ("operator", "attributes", "taken", "refused"),
+    [
+        ("ConvTranspose", {"strides": [2, 2]}, [1, 1, 1, 1], [1, 1, 1, 0]),
+        ("Pad", {"mode": "reflect"}, [1, 0, 1, 1], [0, 2, 0, 2]),
+    ],
+)
+def test_iree_refuses_these_pads(compiler, operator, attributes, taken, refused):
+    """IREE 3.13.0: ConvTranspose padded unevenly; reflections of two rows or more."""
+    given = images(1)[:, :, :1, :6, :6]
+    for pads, verdict in ((taken, "exact"), (refused, "refused")):
+        wanted = Reference.measure(moved(operator, attributes, pads), given)
+        assert measure_target(compiler("iree"), wanted, Check()).verdict == verdict
+        assert measure_target(compiler("tvm"), wanted, Check()).verdict == "exact"
 
 
 def plain_network(bits: int) -> onnx.ModelProto:

@@ -7,8 +7,8 @@ import pytest
 
 from graph_tools.errors import SettingsError
 from pipeline.target_profiles import load_profile, profile_names, read_profile
-from pipeline.verify.agreement import runnable_targets
 from pipeline.verify.compilers.process import RUNNERS
+from pipeline.verify.engines import runnable_targets
 
 
 @pytest.mark.parametrize("name", profile_names())
