@@ -60,8 +60,8 @@ class Check:
             which saturate where weights take 8 bits: no difference is a failure there.
         fuses_add: it fuses a convolution with the Add behind it, and then does not round where
             the quantizer between them would: no difference is a failure where there is one.
-        clips_signed: it takes a Clip's unsigned integers for signed ones: no difference is a
-            failure where there are any.
+        quirks: names of what it computes otherwise besides (`pipeline.verify.causes`): no
+            difference is a failure where a file has them.
         opset: newest that it reads; the copy that it gets says so. 0: any.
     """
 
@@ -69,7 +69,7 @@ class Check:
     cause: str = ""
     saturates: bool = False
     fuses_add: bool = False
-    clips_signed: bool = False
+    quirks: tuple[str, ...] = ()
     opset: int = 0
 
 

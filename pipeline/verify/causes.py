@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from graph_tools.quantized_graph import QuantizedGraph
+from graph_tools.quantized_graph import QuantizedGraph, attribute
 from pipeline.target_profiles import Check
 from pipeline.verify.accumulators import measure_accumulators
 from pipeline.verify.cpu import read_cpu
 
-__all__ = ["clips_unsigned", "has_rounded_branch", "known_causes"]
+__all__ = ["QUIRKS", "has_rounded_branch", "known_causes"]
 
 _SATURATION = "saturation: x64 without VNNI adds pairs of products in 16 bits"
 _FUSED_ADD = (
     "it fuses convolutions with the Add behind them and skips the rounding in between; "
     "`zsq quantize --target openvino` leaves that out"
-)
-_SIGNED_CLIP = (
-    "it takes the unsigned integers of a Clip for signed ones; "
-    "`zsq quantize --signedness signed` has none"
 )
 
 
@@ -27,8 +25,9 @@ def known_causes(check: Check, graph: QuantizedGraph) -> list[str]:
     causes = []
     if check.fuses_add and has_rounded_branch(graph):
         causes.append(_FUSED_ADD)
-    if check.clips_signed and clips_unsigned(graph):
-        causes.append(_SIGNED_CLIP)
+    causes += [
+        text for name, (found, text) in QUIRKS.items() if name in check.quirks and found(graph)
+    ]
     at_risk = check.saturates and read_cpu().vnni is not True
     if at_risk and any(entry.may_saturate for entry in measure_accumulators(graph)):
         causes.append(_SATURATION)
@@ -55,11 +54,68 @@ def has_rounded_branch(graph: QuantizedGraph) -> bool:
     return False
 
 
-def clips_unsigned(graph: QuantizedGraph) -> bool:
-    """Whether a Clip narrows unsigned integers."""
+def _clips_unsigned(graph: QuantizedGraph) -> bool:
     types = {node.output[0]: graph.integer_type(node) for node in graph.quantizers}
     return any(
         np.issubdtype(types[node.input[0]], np.unsignedinteger)
         for node in graph.nodes
         if node.op_type == "Clip" and node.input[0] in types
     )
+
+
+def _pads_average(graph: QuantizedGraph) -> bool:
+    for node in graph.nodes:
+        if node.op_type != "AveragePool" or not attribute(node, "count_include_pad", 0):
+            continue
+        source = graph.dequantizer(node.input[0])
+        zero = None
+        if source is not None and len(source.input) > 2:
+            zero = graph.constant(source.input[2])
+        if zero is not None and np.any(zero) and any(attribute(node, "pads", [])):
+            return True
+    return False
+
+
+def _multiplies_constant(graph: QuantizedGraph) -> bool:
+    for node in graph.nodes:
+        sources = [
+            graph.producers.get(n) for n in node.input if node.op_type in ("Mul", "Div")
+        ]
+        if any(
+            source is not None
+            and source.op_type == "DequantizeLinear"
+            and graph.is_constant(source.input[0])
+            for source in sources
+        ):
+            return True
+    return False
+
+
+def _has_hard_sigmoid(graph: QuantizedGraph) -> bool:
+    return any(node.op_type in ("HardSigmoid", "HardSwish") for node in graph.nodes)
+
+
+QUIRKS: dict[str, tuple[Callable[[QuantizedGraph], bool], str]] = {
+    "clips-signed": (
+        _clips_unsigned,
+        "it takes the unsigned integers of a Clip for signed ones; "
+        "`zsq quantize --signedness signed` has none",
+    ),
+    "pads-raw": (
+        _pads_average,
+        "it pads averages with the integer 0 in place of the zero point; "
+        "`zsq quantize --zero-point zero` has no other",
+    ),
+    "folds-factors": (
+        _multiplies_constant,
+        "it divides a quantizer's range by the constant that is multiplied in front of it, so "
+        "that values halfway between two steps round otherwise",
+    ),
+    "contracts": (
+        _has_hard_sigmoid,
+        "it rounds a product and the sum behind it once, so that HardSigmoid and HardSwish may be "
+        "a step apart",
+    ),
+}
+"""Further things that a target computes otherwise, by the name that its profile gives: where the
+file has them, and what to say of it."""

@@ -32,9 +32,26 @@ def is_refused(target: str, model: onnx.ModelProto) -> bool:
             pads = attributes["pads"]
             if pads[:2] != pads[2:]:
                 return True
+        if node.op_type == "MaxPool" and _leaves_rows_over(model, node):
+            return True
         if node.op_type == "Pad" and attributes["mode"] == b"reflect":
             if constants[node.input[1]].max() > 1:
                 return True
+    return False
+
+
+def _leaves_rows_over(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
+    """One window in height or width, behind which a stride reaches rows that none covers."""
+    shapes = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in onnx.shape_inference.infer_shapes(model).graph.value_info
+    }
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    made = shapes[node.output[0]][2:]
+    for axis, length in enumerate(shapes[node.input[0]][2:]):
+        padded = length + attributes["pads"][axis] + attributes["pads"][axis + 2]
+        if made[axis] == 1 and padded > attributes["kernel_shape"][axis]:
+            return True
     return False
 
 

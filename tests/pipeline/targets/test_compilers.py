@@ -111,6 +111,77 @@ def test_iree_refuses_these_pads(compiler, operator, attributes, taken, refused)
         assert measure_target(compiler("tvm"), wanted, Check()).verdict == "exact"
 
 
+def one_operator(
+    operator: str, zero: int, *, factor: int | None = None, **attributes
+) -> onnx.ModelProto:
+    """On an unsigned image; with ``factor`` times that many 128ths."""
+    g = QdqBuilder((1, 16, 64), dtype=np.uint8)
+    g.constants["image_zero"] = np.asarray(zero, np.uint8)
+    inputs = [g.image]
+    if factor is not None:
+        g.constant("f_q", np.asarray([factor], np.int8))
+        g.constant("f_scale", np.float32(2.0**-7))
+        g.constant("f_zero", np.zeros((), np.int8))
+        inputs.append(g.node("DequantizeLinear", ["f_q", "f_scale", "f_zero"], "f"))
+    g.quantize(g.node(operator, inputs, "y", **attributes), -5, np.int8, output="out")
+    return static_copy(g.model({"out": 4}), 1)
+
+
+def ramp() -> np.ndarray:
+    """Every integer of the image that 8 bits hold."""
+    steps = np.resize(np.arange(-128, 256), (1, 1, 1, 16, 64))
+    return (steps / 32).astype(np.float32)
+
+
+def test_openvino_pads_averages_with_the_integer_zero(compiler):
+    """OpenVINO 2026.4.1: 0 in place of the zero point 128."""
+    check = load_profile("openvino").verify
+    attributes = {"kernel_shape": [2, 2], "pads": [1, 0, 0, 1], "count_include_pad": 1}
+    for zero, verdict in ((128, "explained"), (0, "exact")):
+        wanted = Reference.measure(one_operator("AveragePool", zero, **attributes), ramp())
+        row = measure_target(compiler("openvino"), wanted, check)
+        assert (row.verdict, "pads averages" in row.cause) == (verdict, zero > 0)
+        if zero:
+            found = compiler("openvino").run(wanted.pieces[0].proto, ramp()).outputs[0] * 32
+            given = np.clip(np.rint(ramp()[0, 0, 0] * 32) + 128, 0, 255)
+            raw = np.pad(given, ((1, 0), (0, 1)))  # zeros, before the zero point is taken off
+            sums = raw[:-1, :-1] + raw[1:, :-1] + raw[:-1, 1:] + raw[1:, 1:]
+            expected = np.clip(np.rint(sums / 4 - 128), -128, 127)
+            np.testing.assert_array_equal(found[0, 0, 0], expected)
+
+
+def test_openvino_rounds_ties_otherwise_behind_a_constant_factor(compiler):
+    """OpenVINO 2026.4.1 divides the quantizer's range by the factor, which rounds."""
+    check = load_profile("openvino").verify
+    differing = 0
+    for factor in range(33, 128, 2):
+        proto = one_operator("Mul", 128, factor=factor)
+        wanted = Reference.measure(proto, ramp())
+        row = measure_target(compiler("openvino"), wanted, check)
+        assert row.verdict in ("exact", "explained")
+        if row.differing:
+            assert "divides a quantizer's range" in row.cause
+            steps = wanted.pieces[0].wanted[0].steps.reshape(-1)
+            found = compiler("openvino").run(proto, ramp()).outputs[0].reshape(-1) * 32
+            given = np.clip(np.rint(ramp().reshape(-1) * 32), -128, 127)
+            ties = np.abs((given * factor / 128) % 1) == 0.5
+            assert ties[steps != found].all()
+            differing += 1
+            break
+    assert differing
+
+
+def test_iree_contracts_hard_sigmoid(compiler):
+    """IREE 3.13.0: 0.2 x + 0.5 rounded once; one step where two roundings end at a tie."""
+    g = QdqBuilder((1, 16, 64), dtype=np.uint8)
+    g.quantize(g.node("HardSigmoid", [g.image], "y"), -7, np.uint8, output="out")
+    wanted = Reference.measure(static_copy(g.model({"out": 4}), 1), ramp())
+    row = measure_target(compiler("iree"), wanted, load_profile("iree").verify)
+    assert row.verdict in ("exact", "explained")
+    assert row.largest_steps <= 1
+    assert "rounds a product and the sum" in row.cause
+
+
 def plain_network(bits: int) -> onnx.ModelProto:
     """Convolutions in a row, nothing for a compiler to fuse wrongly."""
     g = QdqBuilder((3, 16, 16))
