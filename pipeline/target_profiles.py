@@ -3,7 +3,7 @@
 A file is named like its target, ``openvino.toml``. ``title`` says what it is; ``[install]`` how its
 compiler gets an environment of its own, ``[verify]`` what the proof may expect of it, ``[rules]``
 which files it takes. Each table is optional: a target without ``[install]`` needs nothing besides
-this package, one without ``[verify]`` cannot run a network here.
+this package, one without ``[verify]`` can neither run nor compile a network here.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Check:
         quirks: names of what it computes otherwise besides (`pipeline.verify.causes`): no
             difference is a failure where a file has them.
         opset: newest that it reads; the copy that it gets says so. 0: any.
+        converts: its converter compiles the file here, and nothing runs it.
     """
 
     steps: int = 0
@@ -71,6 +72,7 @@ class Check:
     fuses_add: bool = False
     quirks: tuple[str, ...] = ()
     opset: int = 0
+    converts: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

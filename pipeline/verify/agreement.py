@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
 from graph_tools.quantized_graph import QuantizedGraph
 from pipeline.images import ImageSet
 from pipeline.settings import VerifySettings
-from pipeline.target_profiles import Check
+from pipeline.target_profiles import Check, TargetProfile
 from pipeline.verify.causes import known_causes
 from pipeline.verify.compilers.engine import Engine, Ran, Refusal
 from pipeline.verify.engines import engines_of, parse_targets
@@ -25,6 +26,7 @@ from pipeline.verify.trace import trace
 
 __all__ = ["compare_targets", "measure_target"]
 
+Convert = Callable[[TargetProfile], TargetRow]
 OnTarget = Callable[[int, int, Mapping[str, float]], None]
 
 _TRACED = 2  # runs on which the first difference is looked for
@@ -36,6 +38,8 @@ def compare_targets(
     settings: VerifySettings,
     targets: str,
     *,
+    proto: onnx.ModelProto | None = None,
+    convert: Convert | None = None,
     on_step: OnTarget | None = None,
 ) -> Agreement:
     """Run a QDQ file on targets and compare its integers with the interpreter's.
@@ -45,6 +49,9 @@ def compare_targets(
         images: in the model's own layout and normalization.
         settings: number of images, threads, seconds for each request.
         targets: ``all`` or names with commas between them.
+        proto: of the file, if it was read already.
+        convert: gives the row of a target that compiles and does not run; without it there is
+            none.
         on_step: called after each target.
 
     Raises:
@@ -53,21 +60,26 @@ def compare_targets(
         ModelError, IntegerOverflowError: the interpreter cannot run it.
     """
     started = time.perf_counter()
-    engines = [
-        entry for profile in parse_targets(targets) for entry in engines_of(profile, settings)
+    profiles = parse_targets(targets)
+    engines = [entry for profile in profiles for entry in engines_of(profile, settings)]
+    converting = [
+        p for p in profiles if p.verify is not None and p.verify.converts and convert
     ]
-    reference = _reference(path, images, settings.max_images)
+    total = len(engines) + len(converting)
+    reference = _reference(proto or read_file(path), path, images, settings.max_images)
     interpreted = time.perf_counter() - started
     rows = []
     for done, (name, engine, check) in enumerate(engines):
         if on_step is not None:
-            on_step(done, len(engines), {})
+            on_step(done, total, {})
         if isinstance(engine, str):
             rows.append(TargetRow(target=name, skipped=engine))
         else:
             rows.append(measure_target(engine, reference, check))
+    if convert is not None:
+        rows += [convert(profile) for profile in converting]
     if on_step is not None:
-        on_step(len(engines), len(engines), {})
+        on_step(total, total, {})
     return Agreement(
         model=str(path),
         images=min(settings.max_images, images.count),
@@ -147,8 +159,8 @@ def _distance(ran: Ran, piece: Piece, wanted: Wanted) -> npt.NDArray[np.float64]
         return np.nan_to_num(np.abs(steps - wanted.steps), nan=np.inf, posinf=np.inf)
 
 
-def _reference(path: Path, images: ImageSet, limit: int) -> Reference:
-    proto = name_nodes(read_file(path))
+def _reference(read: onnx.ModelProto, path: Path, images: ImageSet, limit: int) -> Reference:
+    proto = name_nodes(read)
     graph = QuantizedGraph(proto)
     require_quantized(graph, path)
     require_fit(graph, images, path)

@@ -20,17 +20,21 @@ _MODES: tuple[ort.Mode, ...] = ("unoptimized", "optimized", "default")
 
 def runnable_targets() -> tuple[str, ...]:
     """Return the targets that can run a network here, once they are installed."""
-    names = profile_names()
-    return tuple(name for name in names if load_profile(name).verify is not None)
+    return tuple(name for name, check in _checked().items() if not check.converts)
+
+
+def _checked() -> dict[str, Check]:
+    found = {name: load_profile(name).verify for name in profile_names()}
+    return {name: check for name, check in found.items() if check is not None}
 
 
 def parse_targets(text: str) -> tuple[TargetProfile, ...]:
     """Read ``all`` or ``openvino,iree``.
 
     Raises:
-        SettingsError: a name that is no target, or one that cannot run a network.
+        SettingsError: a name that is no target, or one that can do nothing with a network here.
     """
-    known = runnable_targets()
+    known = tuple(_checked())
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise SettingsError("names no target", where="--targets", hint=f"give all or {known}")
@@ -38,7 +42,7 @@ def parse_targets(text: str) -> tuple[TargetProfile, ...]:
     for profile in profiles:
         if profile.verify is None:
             raise SettingsError(
-                f"'{profile.name}' cannot run a network here",
+                f"'{profile.name}' can neither run nor compile a network here",
                 where="--targets",
                 hint=f"these can: {', '.join(known)}",
             )
@@ -50,7 +54,8 @@ def engines_of(
 ) -> Sequence[tuple[str, Engine | str, Check]]:
     """Return the rows of a target, a name each: an engine, or why there is none."""
     check = profile.verify
-    assert check is not None
+    if check is None or check.converts:
+        return []
     if profile.name == "onnxruntime":
         saturating = Check(steps=check.steps, saturates=True)
         return [

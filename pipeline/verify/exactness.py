@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
 from graph_tools.digests import find_changes
 from graph_tools.errors import VerificationError
@@ -53,6 +54,7 @@ def verify(
     images: ImageSet,
     settings: VerifySettings,
     *,
+    proto: onnx.ModelProto | None = None,
     on_step: OnStep | None = None,
 ) -> Proof:
     """Check a QDQ file: exactness, contents, kernels, saturation, scales, accumulators.
@@ -61,6 +63,7 @@ def verify(
         path: the quantized model.
         images: in the model's own layout and normalization.
         settings: number of images and threads.
+        proto: of the file, if it was read already.
         on_step: called after each batch with images done, images in all, and
             ``{"differing": share}`` of the integer elements so far.
 
@@ -73,10 +76,9 @@ def verify(
         DataError: the images do not fit the model's input.
     """
     started = time.perf_counter()
-    read = read_file(path)
+    read = proto or read_file(path)
     changes = find_changes(read)
-    proto = name_nodes(read)
-    graph = QuantizedGraph(proto)
+    graph = QuantizedGraph(name_nodes(read))
     require_quantized(graph, path)
     require_fit(graph, images, path)
 

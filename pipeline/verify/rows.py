@@ -30,6 +30,7 @@ class TargetRow:
         integer_kernels: weighted operators that compute in integers, of how many.
         seconds_per_image: median of the runs, the first left out.
         compile_seconds: of the file.
+        packed: what its converter says of the file, of a target that compiles and does not run.
     """
 
     target: str
@@ -47,20 +48,25 @@ class TargetRow:
     integer_kernels: tuple[int, int] | None = None
     seconds_per_image: float | None = None
     compile_seconds: float | None = None
+    packed: str | None = None
 
     @property
     def failed(self) -> bool:
         """It was tried and did not run, or differs by more than it may."""
         if self.skipped:
             return False
+        if self.packed is not None:
+            return not self.compiled
         too_far = self.allowed_steps is not None and self.largest_steps > self.allowed_steps
         return not self.ran or too_far
 
     @property
     def verdict(self) -> str:
-        """One of skipped, refused, exact, differs (more than it may) and explained."""
+        """One of skipped, refused, compiled, exact, differs (by too much) and explained."""
         if self.skipped:
             return "skipped"
+        if self.packed is not None and self.compiled:
+            return "compiled"
         if not self.ran:
             return "refused"
         if not self.differing:
@@ -73,10 +79,13 @@ class TargetRow:
         return self.differing / self.elements if self.elements else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: the fields, ``verdict`` and ``share``."""
+        """Plain data: the fields, ``verdict`` and ``share``; ``packed`` only if it has one."""
         far = self.largest_steps
+        values = dict(vars(self))
+        if self.packed is None:
+            del values["packed"]
         return {
-            **vars(self),
+            **values,
             "largest_steps": far if math.isfinite(far) else None,
             "first": None if self.first is None else dict(vars(self.first)),
             "integer_kernels": None
@@ -90,6 +99,8 @@ class TargetRow:
         """What a table cannot hold, in one line; "" if there is nothing to say."""
         if self.skipped or self.refused:
             return self.skipped or self.refused
+        if self.packed is not None:
+            return self.packed
         words = []
         if self.differing:
             allowed = "any" if self.allowed_steps is None else f"{self.allowed_steps}"

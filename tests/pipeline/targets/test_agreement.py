@@ -152,12 +152,12 @@ def test_another_shape_is_refused(reference):
 
 def test_names_of_targets():
     assert [p.name for p in parse_targets("tvm, iree,tvm")] == ["tvm", "iree"]
-    assert {"onnxruntime", "openvino", "iree", "tvm", "rknn"} == {
+    assert {"onnxruntime", "openvino", "iree", "tvm", "rknn", "imx500"} == {
         p.name for p in parse_targets("all")
     }
     for text, message in [
         ("nosuch", "there is no target"),
-        ("imx500", "cannot run a network"),
+        ("qonnx", "can neither run nor compile"),
         (",", "names no target"),
     ]:
         with pytest.raises(SettingsError, match=message):
@@ -246,7 +246,7 @@ def test_the_commands_refuse_in_one_line(tmp_path, monkeypatch, capsys):
     onnx.save(residual_network(), path)
     for arguments in (
         ("verify", path, "--targets", "nosuch"),
-        ("verify", path, "--targets", "imx500"),
+        ("verify", path, "--targets", "qonnx"),
         ("targets", "install"),
         ("targets", "install", "nosuch"),
         ("targets", "install", "onnxruntime"),
