@@ -32,7 +32,8 @@ def is_refused(target: str, model: onnx.ModelProto) -> bool:
             pads = attributes["pads"]
             if pads[:2] != pads[2:]:
                 return True
-        if node.op_type == "MaxPool" and _leaves_rows_over(model, node):
+        pools = node.op_type in ("AveragePool", "MaxPool")
+        if (pools or attributes.get("group", 1) > 1) and _leaves_rows_over(model, node):
             return True
         if node.op_type == "Pad" and attributes["mode"] == b"reflect":
             if constants[node.input[1]].max() > 1:
@@ -46,11 +47,17 @@ def _leaves_rows_over(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
         value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in onnx.shape_inference.infer_shapes(model).graph.value_info
     }
+    weights = {entry.name: list(entry.dims) for entry in model.graph.initializer}
+    makers = {name: maker for maker in model.graph.node for name in maker.output}
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    if "kernel_shape" not in attributes:  # a convolution's is its weight's
+        attributes["kernel_shape"] = weights[makers[node.input[1]].input[0]][2:]
     made = shapes[node.output[0]][2:]
     for axis, length in enumerate(shapes[node.input[0]][2:]):
         padded = length + attributes["pads"][axis] + attributes["pads"][axis + 2]
-        if made[axis] == 1 and padded > attributes["kernel_shape"][axis]:
+        spread = attributes.get("dilations", [1, 1])[axis]
+        reached = (attributes["kernel_shape"][axis] - 1) * spread + 1
+        if made[axis] == 1 and padded > reached:
             return True
     return False
 

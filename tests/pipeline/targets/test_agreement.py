@@ -15,10 +15,12 @@ from pipeline.cli import main
 from pipeline.images import ImageWriter, open_images
 from pipeline.settings import VerifySettings
 from pipeline.target_profiles import Check
-from pipeline.verify import agreement, causes
+from pipeline.verify import agreement, causes, findings
 from pipeline.verify.agreement import compare_targets, measure_target
+from pipeline.verify.compilers import onnxruntime as ort
 from pipeline.verify.compilers.engine import Ran, Refusal
 from pipeline.verify.compilers.onnxruntime_engine import OnnxruntimeEngine
+from pipeline.verify.cpu import Cpu
 from pipeline.verify.engines import parse_targets
 from pipeline.verify.reference import Reference, static_copy
 from tests.pipeline.qdq_builder import residual_network
@@ -238,6 +240,38 @@ def test_the_command_prints_a_table_and_exits_by_it(tmp_path, monkeypatch, capsy
     assert code == 1
     assert "fake: should be exact; parts at Gemm gemm_fc" in out
     assert "FAILED: 0 of 1 runs" in out
+
+
+def test_a_cpu_that_saturates_is_named(tmp_path, monkeypatch, capsys):
+    """A default run that is a step off, as on a CPU without VNNI: a warning, not a failure."""
+    run = ort.run
+
+    def saturating(compiled, batch):
+        values = run(compiled, batch)
+        if compiled.mode == "default":
+            values = {name: value - 2.0**-3 for name, value in values.items()}
+        return values
+
+    old = Cpu(machine="x86_64", name="Old CPU", vnni=False, flags=("avx2",))
+    monkeypatch.setattr(ort, "run", saturating)
+    for module in (causes, findings):
+        monkeypatch.setattr(module, "read_cpu", lambda: old)
+    path = tmp_path / "q.onnx"
+    onnx.save(residual_network(), path)
+    words = ("--targets", "onnxruntime", "--max-images", 3, "--threads", 1)
+    code, out, _ = command(capsys, "verify", path, *words)
+    assert code == 0
+    said = " ".join(out.split())
+    for text in (
+        "this CPU (Old CPU, without VNNI) saturates: without session.x64quantprecision=1",
+        "100.00 % of elements change, by up to 1 steps",
+        "`zsq quantize --weight-range 7bit` rules out",
+        "onnxruntime default: saturation: x64 without VNNI adds pairs",
+    ):
+        assert text in said
+    monkeypatch.setattr(ort, "run", run)
+    _, out, _ = command(capsys, "verify", path, *words)
+    assert "saturation: none measured on this CPU (Old CPU" in " ".join(out.split())
 
 
 def test_the_commands_refuse_in_one_line(tmp_path, monkeypatch, capsys):
