@@ -91,6 +91,15 @@ def _multiplies_constant(graph: QuantizedGraph) -> bool:
     return False
 
 
+def _signs_concat(graph: QuantizedGraph) -> bool:
+    return any(
+        reader.op_type == "QuantizeLinear" and graph.integer_type(reader).name == "int8"
+        for node in graph.nodes
+        if node.op_type == "Concat"
+        for reader in graph.consumers.get(node.output[0], [])
+    )
+
+
 def _has_hard_sigmoid(graph: QuantizedGraph) -> bool:
     return any(node.op_type in ("HardSigmoid", "HardSwish") for node in graph.nodes)
 
@@ -110,6 +119,10 @@ QUIRKS: dict[str, tuple[Callable[[QuantizedGraph], bool], str]] = {
         _multiplies_constant,
         "it divides a quantizer's range by the constant that is multiplied in front of it, so "
         "that values halfway between two steps round otherwise",
+    ),
+    "signs-concat": (
+        _signs_concat,
+        "it computes a Concat wrongly whose result is signed and goes into a convolution",
     ),
     "contracts": (
         _has_hard_sigmoid,

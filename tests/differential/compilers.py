@@ -29,13 +29,13 @@ def is_refused(target: str, model: onnx.ModelProto) -> bool:
     for node in model.graph.node:
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         if node.op_type == "ConvTranspose":
-            pads = attributes["pads"]
+            pads = attributes.get("pads", [0] * 4)
             if pads[:2] != pads[2:]:
                 return True
         pools = node.op_type in ("AveragePool", "MaxPool")
         if (pools or attributes.get("group", 1) > 1) and _leaves_rows_over(model, node):
             return True
-        if node.op_type == "Pad" and attributes["mode"] == b"reflect":
+        if node.op_type == "Pad" and attributes.get("mode") == b"reflect":
             if constants[node.input[1]].max() > 1:
                 return True
     return False
@@ -54,7 +54,8 @@ def _leaves_rows_over(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
         attributes["kernel_shape"] = weights[makers[node.input[1]].input[0]][2:]
     made = shapes[node.output[0]][2:]
     for axis, length in enumerate(shapes[node.input[0]][2:]):
-        padded = length + attributes["pads"][axis] + attributes["pads"][axis + 2]
+        pads = attributes.get("pads", [0] * 4)
+        padded = length + pads[axis] + pads[axis + 2]
         spread = attributes.get("dilations", [1, 1])[axis]
         reached = (attributes["kernel_shape"][axis] - 1) * spread + 1
         if made[axis] == 1 and padded > reached:

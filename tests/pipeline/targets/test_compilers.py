@@ -183,6 +183,22 @@ def test_openvino_rounds_ties_otherwise_behind_a_constant_factor(compiler):
     assert differing
 
 
+@pytest.mark.parametrize(("dtype", "exact"), [(np.int8, False), (np.uint8, True)])
+def test_openvino_concatenates_wrongly_into_signed_integers(compiler, dtype, exact):
+    """OpenVINO 2026.4.1: a Concat that is quantized to int8 in front of a convolution."""
+    g = QdqBuilder((2, 4, 5), dtype=dtype)
+    g.constants["image_scale"] = np.float32(2.0**-7)
+    other = g.quantize(g.node("Identity", [g.image], "i"), -7, dtype)
+    both = g.quantize(g.node("Concat", [other, g.image], "both", axis=1), -7, dtype)
+    g.weighted("Conv", both, "c", (3, 4, 1, 1))
+    g.quantize("c", -5, np.int8, output="out")
+    given = np.random.default_rng(0).uniform(size=(2, 1, 2, 4, 5)).astype(np.float32)
+    wanted = Reference.measure(static_copy(g.model({"out": 4}), 1), given)
+    row = measure_target(compiler("openvino"), wanted, load_profile("openvino").verify)
+    assert row.verdict == ("exact" if exact else "explained")
+    assert ("computes a Concat wrongly" in row.cause) is not exact
+
+
 def test_iree_contracts_hard_sigmoid(compiler):
     """IREE 3.13.0: 0.2 x + 0.5 rounded once; one step where two roundings end at a tie."""
     g = QdqBuilder((1, 16, 64), dtype=np.uint8)
