@@ -37,7 +37,7 @@ from pipeline.settings import (
 if TYPE_CHECKING:
     from graph_tools.model import Model
     from pipeline.target_profiles import TargetProfile
-    from pipeline.verify.agreement import Agreement
+    from pipeline.verify.rows import Agreement
 
 __all__ = ["main"]
 
@@ -256,8 +256,7 @@ class Verify:
 
     def run(self) -> tuple[int, dict[str, Any]]:
         """Run and compare."""
-        from pipeline.run import compare_file, verify_file
-        from pipeline.verify.agreement import parse_targets
+        from pipeline.proving import verify_file
 
         settings = VerifySettings(
             max_images=self.max_images,
@@ -265,22 +264,15 @@ class Verify:
             threads=self.common.threads,
             timeout=self.timeout,
         )
-        if self.targets:
-            parse_targets(self.targets)  # a wrong name is said before anything runs
-        agreement = None
         with _progress(self.common) as progress:
-            proof = verify_file(
-                self.model, self.images, settings, seed=self.seed, on_progress=progress
+            proof, agreement = verify_file(
+                self.model,
+                self.images,
+                settings,
+                targets=self.targets,
+                seed=self.seed,
+                on_progress=progress,
             )
-            if self.targets:
-                agreement = compare_file(
-                    self.model,
-                    self.images,
-                    settings,
-                    self.targets,
-                    seed=self.seed,
-                    on_progress=progress,
-                )
         facts = proof.to_dict()
         if not _silent(self.common):
             for line in proof.summary_lines():
@@ -692,7 +684,7 @@ def _describe_target(profile: TargetProfile) -> dict[str, Any]:
         "title": profile.title,
         "requirements": list(install.requirements) if install else [],
         "needs": list(install.needs) if install else [],
-        "runs": profile.verify is not None,
+        "runs": profile.verify is not None and not profile.verify.converts,
         "version": environment.version if environment else None,
         "outdated": environment is not None and environment.outdated,
         "folder": str(environment.folder) if environment else None,
@@ -726,10 +718,10 @@ def _print_agreement(agreement: Agreement) -> None:
             row.target,
             row.version or "-",
             ("yes" if row.compiled else "no") if tried else "-",
-            ("yes" if row.ran else "no") if tried else "-",
+            ("yes" if row.ran else "no") if tried and row.packed is None else "-",
             f"{100 * row.share:.3g} %" if row.ran else "-",
             f"{row.largest_steps:g}" if row.ran else "-",
-            "?" if kernels is None else f"{kernels[0]}/{kernels[1]}",
+            ("?" if row.ran else "-") if kernels is None else f"{kernels[0]}/{kernels[1]}",
             "-" if seconds is None else f"{1000 * seconds:.3g}",
             row.verdict,
         )

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from graph_tools.equalization import equalize_channels
@@ -27,7 +26,6 @@ from graph_tools.saving import data_file
 from graph_tools.side_file import read_side_file
 from pipeline.evaluate.classification import Accuracy, evaluate_classification
 from pipeline.evaluate.datasets import open_dataset
-from pipeline.evaluate.sessions import open_session
 from pipeline.export import Exported, export
 from pipeline.generate import (
     Generated,
@@ -52,14 +50,12 @@ from pipeline.target_profiles import load_profile
 from pipeline.target_rules import in_form, not_taken, settings_for, with_batch
 from pipeline.verify import verify
 from pipeline.verify.accumulators import refuse_overflow
-from pipeline.verify.agreement import Agreement, compare_targets
 from pipeline.verify.proof import Proof
 
 __all__ = [
     "OnProgress",
     "QuantizeJob",
     "Result",
-    "compare_file",
     "copy_dataset",
     "default_output",
     "evaluate_files",
@@ -69,7 +65,6 @@ __all__ = [
     "quantize_file",
     "quantizer_of",
     "restored_from",
-    "verify_file",
 ]
 
 logger = logging.getLogger(__name__)
@@ -298,86 +293,6 @@ def _quantized(
     if settings.equalization:
         network = equalize_channels(network)
     return quantize(network, images, settings, seed=seed, on_step=on_step)
-
-
-def verify_file(
-    path: Path,
-    images: Path | None,
-    settings: VerifySettings,
-    *,
-    seed: int = 0,
-    on_progress: OnProgress | None = None,
-) -> Proof:
-    """Prove a quantized file.
-
-    Args:
-        path: the file.
-        images: images to run; by default those beside the file, else Gaussian noise.
-        settings: how many images, threads.
-        seed: of the noise.
-        on_progress: called as (stage, done, total, terms).
-
-    Raises:
-        ZsqError: the file or the images cannot be used.
-    """
-    progress = on_progress or (lambda stage, done, total, terms: None)
-    with _images_for(path, images, settings.max_images, seed) as chosen:
-        return verify(
-            path,
-            chosen,
-            settings,
-            on_step=lambda done, total, terms: progress("verify", done, total, terms),
-        )
-
-
-def compare_file(
-    path: Path,
-    images: Path | None,
-    settings: VerifySettings,
-    targets: str,
-    *,
-    seed: int = 0,
-    on_progress: OnProgress | None = None,
-) -> Agreement:
-    """Run a quantized file on compilers and compare with the integer interpreter.
-
-    Args:
-        path: the file.
-        images: as in `verify_file`.
-        settings: how many images, threads, seconds for each compiler.
-        targets: ``all`` or names with commas between them.
-        seed: of the noise.
-        on_progress: called as (stage, done, total, terms).
-
-    Raises:
-        ZsqError: the file, the images or a target cannot be used.
-    """
-    progress = on_progress or (lambda stage, done, total, terms: None)
-    with _images_for(path, images, settings.max_images, seed) as chosen:
-        return compare_targets(
-            path,
-            chosen,
-            settings,
-            targets,
-            on_step=lambda done, total, terms: progress("targets", done, total, terms),
-        )
-
-
-@contextmanager
-def _images_for(path: Path, images: Path | None, count: int, seed: int) -> Iterator[ImageSet]:
-    """The images given, those beside the file, or noise."""
-    shape = open_session(path).input.shape
-    beside = path.with_suffix("") / "images.npz"
-    with tempfile.TemporaryDirectory() as folder:
-        if images is None and not beside.is_file():
-            noise = Path(folder) / "noise.npz"
-            generator = np.random.default_rng(seed)
-            with ImageWriter(noise, count=count, shape=shape) as writer:
-                for _ in range(count):
-                    writer.append(generator.standard_normal((1, *shape), dtype=np.float32))
-            yield open_images(noise, shape=shape)
-        else:
-            yield open_images(images or beside, shape=shape)
 
 
 def export_file(

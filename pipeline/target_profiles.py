@@ -3,7 +3,7 @@
 A file is named like its target, ``openvino.toml``. ``title`` says what it is; ``[install]`` how its
 compiler gets an environment of its own, ``[verify]`` what the proof may expect of it, ``[rules]``
 which files it takes. Each table is optional: a target without ``[install]`` needs nothing besides
-this package, one without ``[verify]`` cannot run a network here.
+this package, one without ``[verify]`` can neither run nor compile a network here.
 """
 
 from __future__ import annotations
@@ -60,14 +60,19 @@ class Check:
             which saturate where weights take 8 bits: no difference is a failure there.
         fuses_add: it fuses a convolution with the Add behind it, and then does not round where
             the quantizer between them would: no difference is a failure where there is one.
+        quirks: names of what it computes otherwise besides (`pipeline.verify.causes`): no
+            difference is a failure where a file has them.
         opset: newest that it reads; the copy that it gets says so. 0: any.
+        converts: its converter compiles the file here, and nothing runs it.
     """
 
     steps: int = 0
     cause: str = ""
     saturates: bool = False
     fuses_add: bool = False
+    quirks: tuple[str, ...] = ()
     opset: int = 0
+    converts: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

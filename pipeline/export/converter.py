@@ -29,6 +29,8 @@ __all__ = ["convert", "memory_of", "refused_nodes"]
 _MODEL = "model.onnx"
 _ROUNDS = 8  # of cutting what was refused
 _NAMED = 8  # nodes that a line names
+_SUMS = ("Add", "Sub", "Sum")
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _REPORTED = (
     "Memory Usage",
     "Total Memory Available On Chip",
@@ -55,8 +57,10 @@ def convert(
         What there is to say in words, and as plain data.
 
     Raises:
-        TargetError: the chip takes nothing of the network, or the converter failed.
+        TargetError: the chip takes nothing of the network, or the converter failed, as it does
+            where a convolution is not rounded before a sum.
     """
+    _require_rounded(network)
     environment = find_environment(profile)
     lacking = missing_commands(profile.install) if profile.install is not None else ()
     refused: list[str] = []
@@ -107,6 +111,23 @@ def convert(
         "version": environment.version,
         "memory": memory,
     }
+
+
+def _require_rounded(network: FakeQuantized) -> None:
+    """The converter takes no sum of what is not rounded: it says "not quantized" in its log."""
+    graph = network.graph
+    for node in network.operators:
+        for name in node.input if node.op_type in _SUMS else ():
+            maker = graph.producers.get(name)
+            while maker is not None and maker.op_type in ("Relu", "Clip"):
+                maker = graph.producers.get(maker.input[0])
+            if maker is not None and maker.op_type in _WEIGHTED:
+                raise TargetError(
+                    f"reads {maker.op_type} {maker.name} unrounded, which the converter refuses",
+                    where=f"{node.op_type} {node.name}",
+                    hint="quantize with --target imx500: files of --target openvino "
+                    "(--fused-sums yes) leave that rounding out",
+                )
 
 
 def _write(network: FakeQuantized, rules: Rules, cut: Cut, path: Path) -> None:

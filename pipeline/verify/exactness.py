@@ -14,9 +14,8 @@ import numpy.typing as npt
 import onnx
 
 from graph_tools.digests import find_changes
-from graph_tools.errors import DataError, ModelError, VerificationError
+from graph_tools.errors import VerificationError
 from graph_tools.quantized_graph import QuantizedGraph
-from graph_tools.reading import check_weights, read_proto
 from pipeline.images import ImageSet
 from pipeline.settings import VerifySettings
 from pipeline.verify.accumulators import Accumulator, measure_accumulators
@@ -35,6 +34,7 @@ from pipeline.verify.findings import (
 from pipeline.verify.interpreter import Interpreter
 from pipeline.verify.kernels import name_nodes
 from pipeline.verify.localize import first_difference
+from pipeline.verify.opening import read_file, require_fit, require_quantized
 from pipeline.verify.parts import Part, compile_parts
 from pipeline.verify.proof import Proof, TensorProof
 from pipeline.verify.scales import check_scales
@@ -54,6 +54,7 @@ def verify(
     images: ImageSet,
     settings: VerifySettings,
     *,
+    proto: onnx.ModelProto | None = None,
     on_step: OnStep | None = None,
 ) -> Proof:
     """Check a QDQ file: exactness, contents, kernels, saturation, scales, accumulators.
@@ -62,6 +63,7 @@ def verify(
         path: the quantized model.
         images: in the model's own layout and normalization.
         settings: number of images and threads.
+        proto: of the file, if it was read already.
         on_step: called after each batch with images done, images in all, and
             ``{"differing": share}`` of the integer elements so far.
 
@@ -74,12 +76,11 @@ def verify(
         DataError: the images do not fit the model's input.
     """
     started = time.perf_counter()
-    read = _read(path)
+    read = proto or read_file(path)
     changes = find_changes(read)
-    proto = name_nodes(read)
-    graph = QuantizedGraph(proto)
-    _require_quantized(graph, path)
-    _require_fit(graph, images, path)
+    graph = QuantizedGraph(name_nodes(read))
+    require_quantized(graph, path)
+    require_fit(graph, images, path)
 
     try:
         parts, kernels = compile_parts(graph, settings, str(path))
@@ -208,45 +209,6 @@ def _interpreter(
         accumulator_bits=62 if wide else 32,
         threads=settings.threads,
     )
-
-
-def _read(path: Path) -> onnx.ModelProto:
-    try:
-        proto, _ = read_proto(path)
-        check_weights(proto, where=str(path))
-    except ModelError as error:
-        raise VerificationError(error.what, where=error.where, hint=error.hint) from error
-    if not proto.graph.node:
-        raise VerificationError("not an ONNX model, or an empty one", where=str(path))
-    return proto
-
-
-def _require_quantized(graph: QuantizedGraph, path: Path) -> None:
-    if not graph.quantizers or not graph.dequantizers:
-        raise VerificationError(
-            "is not quantized: it has no QuantizeLinear/DequantizeLinear pairs",
-            where=str(path),
-            hint="run `zsq quantize` on it first",
-        )
-    if len(graph.inputs) != 1:
-        raise VerificationError(
-            f"has {len(graph.inputs)} inputs, only one can be an image", where=str(path)
-        )
-
-
-def _require_fit(graph: QuantizedGraph, images: ImageSet, path: Path) -> None:
-    entry = graph.inputs[0]
-    dims = [dim.dim_value or None for dim in entry.type.tensor_type.shape.dim]
-    fits = len(dims) == 4 and all(
-        want is None or want == got for want, got in zip(dims[1:], images.shape, strict=True)
-    )
-    if not fits:
-        wanted = "x".join("?" if dim is None else str(dim) for dim in dims[1:])
-        raise DataError(
-            f"images of {'x'.join(map(str, images.shape))} do not fit the input "
-            f"'{entry.name}' of {path.name}, which takes {wanted}",
-            where=str(images.path),
-        )
 
 
 def _batch_size(graph: QuantizedGraph, images: ImageSet) -> int:

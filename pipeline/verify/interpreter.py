@@ -19,6 +19,7 @@ from graph_tools.quantized_graph import QuantizedGraph
 from graph_tools.saving import loadable
 from pipeline.verify.compilers import onnxruntime as ort
 from pipeline.verify.differences import Difference, DifferenceMeter
+from pipeline.verify.opening import filled
 from pipeline.verify.reference import zero_point
 
 __all__ = ["Compared", "Interpreted", "Interpreter", "Traced"]
@@ -213,10 +214,7 @@ class Interpreter:
         batch: npt.NDArray[np.float32],
         found: Mapping[str, Mapping[str, npt.NDArray[Any]]],
     ) -> None:
-        whole = batch
-        if self._graph.batch is not None and len(batch) < self._graph.batch:
-            fillers = np.repeat(batch[-1:], self._graph.batch - len(batch), axis=0)
-            whole = np.concatenate([batch, fillers])
+        whole = filled(batch, self._graph.batch)
         run = network.run(whole)
         self._images += len(batch)
         self._tables, self._float_nodes = run.tables, run.float_nodes

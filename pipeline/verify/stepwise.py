@@ -23,6 +23,7 @@ from onnx import NodeProto, TensorProto, helper
 from graph_tools.quantized_graph import QuantizedGraph
 from graph_tools.saving import loadable
 from pipeline.verify.compilers import onnxruntime as ort
+from pipeline.verify.opening import filled
 
 __all__ = ["Stepwise", "compare_stepwise"]
 
@@ -79,8 +80,7 @@ def compare_stepwise(
         rounding: names of the nodes that may round.
         threads: as in `ort.compile`.
     """
-    if graph.batch is not None and len(batch) < graph.batch:  # pieces are run directly
-        batch = np.resize(batch, (graph.batch, *batch.shape[1:]))
+    batch = filled(batch, graph.batch)  # pieces are run directly
     ends = [
         node
         for node in graph.dequantizers

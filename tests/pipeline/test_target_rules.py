@@ -17,7 +17,7 @@ from pipeline.cli import main
 from pipeline.settings import QuantizeSettings
 from pipeline.target_profiles import Rules, TargetProfile, load_profile, profile_names
 from pipeline.target_rules import not_taken, settings_for
-from pipeline.verify.agreement import has_rounded_branch
+from pipeline.verify.causes import has_rounded_branch
 
 TEXT = """<ir_version: 8, opset_import: ["" : 17]>
 net (float[N,3,8,8] x) => (float[N,5] y) {

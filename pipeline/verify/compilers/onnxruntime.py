@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from graph_tools.errors import VerificationError
+from pipeline.verify.opening import filled
 
 __all__ = ["Compiled", "Mode", "available", "compile", "run"]
 
@@ -119,9 +120,8 @@ def run(compiled: Compiled, images: npt.NDArray[np.float32]) -> dict[str, npt.ND
     Raises:
         VerificationError: onnxruntime fails on the batch.
     """
-    count, size = len(images), compiled.batch or len(images)
-    if count < size:
-        images = np.concatenate([images, np.repeat(images[-1:], size - count, axis=0)])
+    count, images = len(images), filled(images, compiled.batch)
+    size = len(images)
     try:
         values = compiled.session.run(None, {compiled.input_name: images})
     except Exception as error:  # see compile

@@ -174,6 +174,53 @@ def test_a_converter_that_fails_leaves_nothing(
     assert [item.name for item in tmp_path.iterdir()] == ["targets"]
 
 
+def row_of(capsys, path) -> tuple[int, dict, str]:
+    words = ["verify", str(path), "--targets", "imx500", "--max-images", "2", "--threads", "1"]
+    code = main([*words, "--timeout", "3"])
+    table = capsys.readouterr().out
+    assert main([*words, "--timeout", "3", "--json"]) == code
+    (row,) = json.loads(capsys.readouterr().out)["targets"]["rows"]
+    return code, row, table
+
+
+def test_verify_has_a_row_for_the_converter(residual, tmp_path, monkeypatch, capsys):
+    fake_converter(tmp_path, monkeypatch, REFUSES_GEMM)
+    code, row, table = row_of(capsys, residual)
+    assert code == 0
+    assert (row["verdict"], row["compiled"], row["ran"]) == ("compiled", True, False)
+    assert row["packed"].startswith("1KB of 8MB, ")
+    assert "nodes cut off" in row["packed"]
+    assert "imx500: 1KB of 8MB" in table
+    assert "0.1" in table
+
+
+def test_verify_says_why_the_converter_fails_or_is_not_there(
+    residual, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("ZSQ_TARGETS", str(tmp_path / "none"))
+    code, row, table = row_of(capsys, residual)
+    assert (code, row["verdict"]) == (0, "skipped")
+    assert "zsq targets install imx500" in table
+    fake_converter(tmp_path, monkeypatch, "sys.exit('ERROR no heap')")
+    code, row, table = row_of(capsys, residual)
+    assert (code, row["verdict"], row["compiled"]) == (1, "refused", False)
+    assert "no heap" in table
+
+
+def test_an_unrounded_branch_is_refused_by_name(tmp_path, capsys, no_converter):
+    """Sony's converter 3.19.2 fails on it: "Layer Conv2D: ... is not quantized" in its log."""
+    from tests.pipeline.export.conftest import RESIDUAL, quantized
+
+    path = quantized(tmp_path, RESIDUAL, "--target", "openvino")
+    folder = tmp_path / "out"
+    assert main(["export", str(path), "--target", "imx500", "-o", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "unrounded, which the converter refuses" in said
+    assert "--target imx500" in said
+    assert not folder.exists()
+
+
 @pytest.mark.slow
 def test_the_real_converter_packs_a_network(residual, tmp_path, capsys):
     if find_environment(load_profile("imx500")) is None:

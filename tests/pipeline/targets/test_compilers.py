@@ -9,14 +9,14 @@ import onnx
 import pytest
 
 from graph_tools.quantized_graph import QuantizedGraph
-from pipeline.environments import find_environment, how_to_get
 from pipeline.target_profiles import Check, load_profile
 from pipeline.verify.agreement import measure_target
 from pipeline.verify.compilers.onnxruntime_engine import OnnxruntimeEngine
-from pipeline.verify.compilers.process import RUNNERS, ProcessEngine
+from pipeline.verify.compilers.process import ProcessEngine
 from pipeline.verify.cut import cut_at
 from pipeline.verify.reference import Reference, static_copy
 from tests.pipeline.qdq_builder import QdqBuilder, residual_network
+from tests.pipeline.targets.installed import installed
 
 pytestmark = pytest.mark.slow
 Compiler = Callable[[str], ProcessEngine]
@@ -25,23 +25,7 @@ Compiler = Callable[[str], ProcessEngine]
 @pytest.fixture
 def compiler(monkeypatch) -> Compiler:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-    def start(name: str) -> ProcessEngine:
-        profile = load_profile(name)
-        environment = find_environment(profile)
-        if environment is None:
-            pytest.skip(f"{name} is not installed: {how_to_get(profile)}")
-        return ProcessEngine(
-            name=name,
-            version=environment.version,
-            python=environment.python,
-            script=RUNNERS / f"{name}.py",
-            timeout=300,
-            threads=1,
-            opset=profile.verify.opset,
-        )
-
-    return start
+    return installed
 
 
 def images(count: int = 4) -> np.ndarray:
@@ -76,6 +60,154 @@ def test_iree_refuses_one_window_of_a_strided_depthwise_convolution(compiler):
     assert "to be 6, but found 5" in row.refused
     exact = measure_target(compiler("tvm"), Reference.measure(proto, given), Check())
     assert exact.verdict == "exact"
+
+
+def test_iree_takes_the_unsigned_integers_of_a_clip_for_signed_ones(compiler):
+    """IREE 3.13.0: what exceeds 127 becomes the lower bound; with int8 all is well."""
+    for dtype, low, high, exact in ((np.uint8, 0, 15, False), (np.int8, -8, 7, True)):
+        g = QdqBuilder((1, 4, 8), dtype=dtype)
+        bounds = [
+            g.constant(name, np.asarray(value, dtype))
+            for name, value in (("low", low), ("high", high))
+        ]
+        g.node("Clip", [f"{g.image.removesuffix('_dq')}_q", *bounds], "narrow")
+        g.node("DequantizeLinear", ["narrow", "image_scale", "image_zero"], "out")
+        proto = static_copy(g.model({"out": 4}), 1)
+        ramp = np.arange(-64, 192, 8, dtype=np.float32) / 32
+        given = Reference.measure(proto, ramp.reshape(1, 1, 1, 4, 8))
+        row = measure_target(compiler("iree"), given, load_profile("iree").verify)
+        assert (row.verdict, row.failed) == ("exact" if exact else "explained", False)
+        assert ("takes the unsigned integers" in row.cause) is not exact
+        others = measure_target(compiler("tvm"), given, load_profile("tvm").verify)
+        assert others.verdict == "exact"
+
+
+@pytest.mark.parametrize("operator", ["AveragePool", "MaxPool"])
+def test_iree_refuses_one_window_of_a_strided_pool(compiler, operator):
+    """IREE 3.13.0: 2x2, stride 2, on 3x4; the one row of windows leaves a row over."""
+    g = QdqBuilder((1, 3, 4))
+    g.node(operator, [g.image], "y", kernel_shape=[2, 2], strides=[2, 2])
+    g.quantize("y", -5, np.int8, output="out")
+    given = images(1)[:, :, :1, :3, :4]
+    wanted = Reference.measure(static_copy(g.model({"out": 4}), 1), given)
+    assert measure_target(compiler("iree"), wanted, Check()).verdict == "refused"
+    assert measure_target(compiler("tvm"), wanted, Check()).verdict == "exact"
+
+
+def moved(operator: str, attributes: dict, pads: list[int]) -> onnx.ModelProto:
+    g = QdqBuilder((1, 6, 6))
+    if operator == "ConvTranspose":
+        g.weighted(
+            "ConvTranspose", g.image, "y", (1, 2, 2, 2), axis=1, pads=pads, **attributes
+        )
+    else:
+        given = g.constant("pads", np.int64([0, 0, *pads[:2], 0, 0, *pads[2:]]))
+        g.node("Pad", [g.image, given], "y", **attributes)
+    g.quantize("y", -5, np.int8, output="out")
+    return static_copy(g.model({"out": 4}), 1)
+
+
+@pytest.mark.parametrize(
+    ("operator", "attributes", "taken", "refused"),
+    [
+        ("ConvTranspose", {"strides": [2, 2]}, [1, 1, 1, 1], [1, 1, 1, 0]),
+        ("Pad", {"mode": "reflect"}, [1, 0, 1, 1], [0, 2, 0, 2]),
+    ],
+)
+def test_iree_refuses_these_pads(compiler, operator, attributes, taken, refused):
+    """IREE 3.13.0: ConvTranspose padded unevenly; reflections of two rows or more."""
+    given = images(1)[:, :, :1, :6, :6]
+    for pads, verdict in ((taken, "exact"), (refused, "refused")):
+        wanted = Reference.measure(moved(operator, attributes, pads), given)
+        assert measure_target(compiler("iree"), wanted, Check()).verdict == verdict
+        assert measure_target(compiler("tvm"), wanted, Check()).verdict == "exact"
+
+
+def one_operator(
+    operator: str, zero: int, *, factor: int | None = None, **attributes
+) -> onnx.ModelProto:
+    """On an unsigned image; with ``factor`` times that many 128ths."""
+    g = QdqBuilder((1, 16, 64), dtype=np.uint8)
+    g.constants["image_zero"] = np.asarray(zero, np.uint8)
+    inputs = [g.image]
+    if factor is not None:
+        g.constant("f_q", np.asarray([factor], np.int8))
+        g.constant("f_scale", np.float32(2.0**-7))
+        g.constant("f_zero", np.zeros((), np.int8))
+        inputs.append(g.node("DequantizeLinear", ["f_q", "f_scale", "f_zero"], "f"))
+    g.quantize(g.node(operator, inputs, "y", **attributes), -5, np.int8, output="out")
+    return static_copy(g.model({"out": 4}), 1)
+
+
+def ramp() -> np.ndarray:
+    """Every integer of the image that 8 bits hold."""
+    steps = np.resize(np.arange(-128, 256), (1, 1, 1, 16, 64))
+    return (steps / 32).astype(np.float32)
+
+
+def test_openvino_pads_averages_with_the_integer_zero(compiler):
+    """OpenVINO 2026.4.1: 0 in place of the zero point 128."""
+    check = load_profile("openvino").verify
+    attributes = {"kernel_shape": [2, 2], "pads": [1, 0, 0, 1], "count_include_pad": 1}
+    for zero, verdict in ((128, "explained"), (0, "exact")):
+        wanted = Reference.measure(one_operator("AveragePool", zero, **attributes), ramp())
+        row = measure_target(compiler("openvino"), wanted, check)
+        assert (row.verdict, "pads averages" in row.cause) == (verdict, zero > 0)
+        if zero:
+            found = compiler("openvino").run(wanted.pieces[0].proto, ramp()).outputs[0] * 32
+            given = np.clip(np.rint(ramp()[0, 0, 0] * 32) + 128, 0, 255)
+            raw = np.pad(given, ((1, 0), (0, 1)))  # zeros, before the zero point is taken off
+            sums = raw[:-1, :-1] + raw[1:, :-1] + raw[:-1, 1:] + raw[1:, 1:]
+            expected = np.clip(np.rint(sums / 4 - 128), -128, 127)
+            np.testing.assert_array_equal(found[0, 0, 0], expected)
+
+
+def test_openvino_rounds_ties_otherwise_behind_a_constant_factor(compiler):
+    """OpenVINO 2026.4.1 divides the quantizer's range by the factor, which rounds."""
+    check = load_profile("openvino").verify
+    differing = 0
+    for factor in range(33, 128, 2):
+        proto = one_operator("Mul", 128, factor=factor)
+        wanted = Reference.measure(proto, ramp())
+        row = measure_target(compiler("openvino"), wanted, check)
+        assert row.verdict in ("exact", "explained")
+        if row.differing:
+            assert "divides a quantizer's range" in row.cause
+            steps = wanted.pieces[0].wanted[0].steps.reshape(-1)
+            found = compiler("openvino").run(proto, ramp()).outputs[0].reshape(-1) * 32
+            given = np.clip(np.rint(ramp().reshape(-1) * 32), -128, 127)
+            ties = np.abs((given * factor / 128) % 1) == 0.5
+            assert ties[steps != found].all()
+            differing += 1
+            break
+    assert differing
+
+
+@pytest.mark.parametrize(("dtype", "exact"), [(np.int8, False), (np.uint8, True)])
+def test_openvino_concatenates_wrongly_into_signed_integers(compiler, dtype, exact):
+    """OpenVINO 2026.4.1: a Concat that is quantized to int8 in front of a convolution."""
+    g = QdqBuilder((2, 4, 5), dtype=dtype)
+    g.constants["image_scale"] = np.float32(2.0**-7)
+    other = g.quantize(g.node("Identity", [g.image], "i"), -7, dtype)
+    both = g.quantize(g.node("Concat", [other, g.image], "both", axis=1), -7, dtype)
+    g.weighted("Conv", both, "c", (3, 4, 1, 1))
+    g.quantize("c", -5, np.int8, output="out")
+    given = np.random.default_rng(0).uniform(size=(2, 1, 2, 4, 5)).astype(np.float32)
+    wanted = Reference.measure(static_copy(g.model({"out": 4}), 1), given)
+    row = measure_target(compiler("openvino"), wanted, load_profile("openvino").verify)
+    assert row.verdict == ("exact" if exact else "explained")
+    assert ("computes a Concat wrongly" in row.cause) is not exact
+
+
+def test_iree_contracts_hard_sigmoid(compiler):
+    """IREE 3.13.0: 0.2 x + 0.5 rounded once; one step where two roundings end at a tie."""
+    g = QdqBuilder((1, 16, 64), dtype=np.uint8)
+    g.quantize(g.node("HardSigmoid", [g.image], "y"), -7, np.uint8, output="out")
+    wanted = Reference.measure(static_copy(g.model({"out": 4}), 1), ramp())
+    row = measure_target(compiler("iree"), wanted, load_profile("iree").verify)
+    assert row.verdict in ("exact", "explained")
+    assert row.largest_steps <= 1
+    assert "rounds a product and the sum" in row.cause
 
 
 def plain_network(bits: int) -> onnx.ModelProto:

@@ -7,8 +7,9 @@ import pytest
 
 from graph_tools.errors import SettingsError
 from pipeline.target_profiles import load_profile, profile_names, read_profile
-from pipeline.verify.agreement import runnable_targets
+from pipeline.verify.causes import QUIRKS
 from pipeline.verify.compilers.process import RUNNERS
+from pipeline.verify.engines import runnable_targets
 
 
 @pytest.mark.parametrize("name", profile_names())
@@ -50,3 +51,13 @@ def test_a_faulty_profile_is_one_line(tmp_path: Path, text, message):
         read_profile(path)
     assert "faulty.toml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_quirks_are_known():
+    named = {quirk for name in profile_names() for quirk in checks(name)}
+    assert named == set(QUIRKS)
+
+
+def checks(name: str) -> tuple[str, ...]:
+    check = load_profile(name).verify
+    return () if check is None else check.quirks
