@@ -15,6 +15,11 @@ from collections.abc import Callable
 
 __all__ = ["run_guarded"]
 
+_PASSED_ON = (
+    {signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    if hasattr(os, "fork")
+    else set()
+)
 _ASKED_FOR = frozenset({"SIGHUP", "SIGINT", "SIGTERM", "SIGPIPE"})
 
 
@@ -31,8 +36,11 @@ def run_guarded(command: Callable[[], int], on_crash: Callable[[str], int]) -> i
     if not hasattr(os, "fork"):
         return command()
     alive, held = os.pipe()
+    # Blocked before there is a child, so that none that comes early is lost on the parent.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
     child = os.fork()
     if not child:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(held)
         threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
         return command()
@@ -57,14 +65,13 @@ def _wait(child: int) -> int:
     """
     if not hasattr(signal, "sigwaitinfo"):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    awaited = {signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
-        received = signal.sigtimedwait(awaited, 1.0)
+        received = signal.sigtimedwait(_PASSED_ON, 1.0)
         if received is not None and received.si_signo != signal.SIGCHLD:
             if received.si_code <= 0:  # sent by a process
                 os.kill(child, received.si_signo)

@@ -9,7 +9,7 @@ import pytest
 from tests.fuzz.cases import COMMANDS, GOOD, case, run_case
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits are those of Linux")
-_CASES = {"load": 120, "inspect": 60, "quantize": 60, "verify": 100}
+_CASES = {"load": 100, "inspect": 60, "quantize": 60, "verify": 100}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -116,6 +116,7 @@ def _child(
         for stream, name in ((1, "stdout"), (2, "stderr")):
             file = os.open(name, os.O_CREAT | os.O_WRONLY, 0o600)
             os.dup2(file, stream)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # not those of pytest
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + memory
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
