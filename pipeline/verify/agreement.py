@@ -15,7 +15,7 @@ from graph_tools.quantized_graph import QuantizedGraph
 from pipeline.images import ImageSet
 from pipeline.settings import VerifySettings
 from pipeline.target_profiles import Check, TargetProfile
-from pipeline.verify.causes import known_causes
+from pipeline.verify.causes import INPUT_ROUNDING, is_input_rounding, known_causes
 from pipeline.verify.compilers.engine import Engine, Ran, Refusal
 from pipeline.verify.engines import engines_of, parse_targets
 from pipeline.verify.kernels import name_nodes
@@ -132,6 +132,11 @@ def measure_target(
     if differing and locate:
         chosen = np.flatnonzero(np.any(wrong, axis=0))[:_TRACED]
         first = trace(engine, reference, reference.images[chosen])
+        if is_input_rounding(first, reference.graph):
+            row |= {
+                "cause": "; ".join(filter(None, (row["cause"], INPUT_ROUNDING))),
+                "allowed_steps": None,
+            }
     return TargetRow(
         **row, elements=elements, differing=differing, largest_steps=largest, first=first
     )

@@ -6,12 +6,24 @@ from collections.abc import Callable
 
 import numpy as np
 
+from graph_tools.integer import FirstDifference
 from graph_tools.quantized_graph import QuantizedGraph, attribute
 from pipeline.target_profiles import Check
 from pipeline.verify.accumulators import measure_accumulators
 from pipeline.verify.cpu import read_cpu
 
-__all__ = ["QUIRKS", "has_rounded_branch", "known_causes"]
+__all__ = [
+    "INPUT_ROUNDING",
+    "QUIRKS",
+    "has_rounded_branch",
+    "is_input_rounding",
+    "known_causes",
+]
+
+INPUT_ROUNDING = (
+    "it divides pixels by the step in other float arithmetic: those next to the middle of two "
+    "steps round the other way"
+)
 
 _SATURATION = "saturation: x64 without VNNI adds pairs of products in 16 bits"
 _FUSED_ADD = (
@@ -32,6 +44,13 @@ def known_causes(check: Check, graph: QuantizedGraph) -> list[str]:
     if at_risk and any(entry.may_saturate for entry in measure_accumulators(graph)):
         causes.append(_SATURATION)
     return causes
+
+
+def is_input_rounding(first: FirstDifference | None, graph: QuantizedGraph) -> bool:
+    """Whether what differs first is the image's own quantizer, by a step."""
+    inputs = {entry.name for entry in graph.inputs}
+    made = {node.output[0] for node in graph.quantizers if node.input[0] in inputs}
+    return first is not None and first.tensor in made and first.largest_steps <= 1
 
 
 def has_rounded_branch(graph: QuantizedGraph) -> bool:

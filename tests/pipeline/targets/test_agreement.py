@@ -104,6 +104,23 @@ def test_what_a_profile_allows_is_no_failure():
     assert not measure_target(Fake("fc_b_q"), reference, Check(steps=-1)).failed
 
 
+@pytest.mark.parametrize(("shift", "verdict"), [(0.3, "explained"), (3.3, "differs")])
+def test_an_image_that_is_rounded_otherwise_is_named(shift, verdict):
+    """By a step at its own quantizer; more is no matter of rounding."""
+    reference = Reference.measure(static_copy(residual_network(), 1), images())
+    graph = reference.graph
+    (entry,) = [node for node in graph.quantizers if node.input[0] == graph.inputs[0].name]
+    step = float(graph.scale(entry))
+
+    class Other(Fake):
+        def run(self, proto, images):
+            return super().run(proto, images + np.float32(shift * step))
+
+    row = measure_target(Other(), reference, Check())
+    assert (row.verdict, row.failed) == (verdict, verdict == "differs")
+    assert ("next to the middle of two steps" in row.note()) == (verdict == "explained")
+
+
 def test_known_causes_count_only_where_the_file_has_their_pattern(monkeypatch):
     reference = Reference.measure(static_copy(residual_network(), 1), images())
     row = measure_target(Fake("fc_b_q"), reference, Check(fuses_add=True))
