@@ -69,24 +69,18 @@ def test_random_graphs(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        "iree",
-        pytest.param(
-            "openvino",
-            marks=pytest.mark.xfail(
-                reason="PRelu by 0.3: rare elements are a step apart, the cause is not known",
-                strict=False,
-            ),
-        ),
-        "tvm",
-    ],
-)
+@pytest.mark.parametrize("name", TARGETS)
 def test_files_of_random_networks(name: str, tmp_path: Path) -> None:
     """As `zsq quantize --target` writes them."""
     settings = settings_for(load_profile(name), QuantizeSettings(weight_range="7bit"))
-    assert_exact(name, ((seed, written(seed, tmp_path, settings)[0]) for seed in range(CASES)))
+    networks = ((seed, written(seed, tmp_path, settings)[0]) for seed in range(CASES))
+    if name == "openvino":  # with PRelu rare elements are a step apart: README, Limits
+        networks = ((s, m) for s, m in networks if not _has(m, "PRelu"))
+    assert_exact(name, networks)
+
+
+def _has(model: onnx.ModelProto, operator: str) -> bool:
+    return any(node.op_type == operator for node in model.graph.node)
 
 
 def test_graphs_compute_the_same_in_one_file() -> None:
