@@ -34,6 +34,9 @@ __all__ = [
 ]
 
 
+_LONGEST = 400  # characters of a word
+
+
 class ZsqError(Exception):
     """What went wrong, where, and what to do about it.
 
@@ -50,7 +53,16 @@ class ZsqError(Exception):
     def __str__(self) -> str:
         line = f"{self.where}: {self.what}" if self.where else self.what
         line = f"{line}; {self.hint}" if self.hint else line
-        return " ".join(line.split())
+        return " ".join(map(_shortened, line.split()))
+
+
+def _shortened(word: str) -> str:
+    """A name as people can read it; damaged files have names of any length."""
+    return (
+        word
+        if len(word) <= _LONGEST
+        else f"{word[: _LONGEST // 2]}...{word[-_LONGEST // 4 :]}"
+    )
 
 
 class ModelError(ZsqError):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx
 
-from pipeline.run import verify_file
+from pipeline.proving import verify_file
 from pipeline.settings import VerifySettings
 from pipeline.verify import Proof
 from tests.pipeline.qdq_builder import residual_network
@@ -16,7 +16,7 @@ def proof_of(proto: onnx.ModelProto, folder: Path) -> Proof:
     path = folder / "case.onnx"
     path.write_bytes(proto.SerializeToString())
     settings = VerifySettings(max_images=2, interpreter_images=2, threads=1)
-    return verify_file(path, None, settings)
+    return verify_file(path, None, settings)[0]
 
 
 def test_verify_of_nodes_in_the_wrong_order(tmp_path: Path) -> None:

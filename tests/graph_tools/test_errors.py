@@ -11,6 +11,14 @@ def test_message_says_where_what_and_what_to_do_on_one_line():
     assert str(error) == "model.onnx: two lines; re-export it"
 
 
+def test_names_of_any_length_stay_readable():
+    path = "a/" * 150 + "model.onnx"
+    error = ZsqError(f"operator first{'x' * 9999}last", where=path)
+    assert str(error).startswith(f"{path}: operator firstxxx")
+    assert str(error).endswith("xxxlast")
+    assert len(str(error)) < 800
+
+
 def test_all_missing_operators_are_named_at_once():
     error = UnsupportedOperatorError(("B", "A", "B"), where="m")
     assert error.missing == ("A", "B")

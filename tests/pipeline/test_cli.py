@@ -222,7 +222,8 @@ def test_statistics_from_a_side_file_give_the_same_images(digits, tmp_path, caps
     folded = tmp_path / "folded.onnx"
     save(fold_batch_norms(load(digits)).proto, folded)
     code, out, err = run(capsys, "quantize", folded, "--bn-from", digits, *FAST)
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert all("hardly nearer" in line for line in err.splitlines())  # after so few steps
     assert out.startswith("17 of 17 BatchNormalization restored from digits.onnx")
     assert "restored from a side file" in out
     assert run(capsys, "quantize", digits, *FAST)[0] == 0
