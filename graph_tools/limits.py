@@ -230,7 +230,9 @@ def _work(node: onnx.NodeProto, types: Mapping[str, TensorType]) -> int:
     if node.op_type == "ConvTranspose":
         return math.prod(shape(node.input, 0) or (0,)) * math.prod(shape(node.input, 1)[1:])
     if node.op_type in ("MatMul", "Gemm", "MatMulInteger"):
-        return made * max(shape(node.input, 0)[-2:], default=0)
+        turned = any(a.name == "transA" and a.i for a in node.attribute)
+        rows = shape(node.input, 0)[::-1]  # of a matrix product: summed over the last axis
+        return made * (rows or (0,))[-1 if turned else 0]
     if node.op_type in _POOLS:
         kernel = next((a.ints for a in node.attribute if a.name == "kernel_shape"), ())
         return made * math.prod(kernel)

@@ -36,6 +36,8 @@ def run_guarded(command: Callable[[], int], on_crash: Callable[[str], int]) -> i
     if not hasattr(os, "fork"):
         return command()
     alive, held = os.pipe()
+    # Inherited from a process that ignores its children, this would lose the exit code of ours.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # Blocked before there is a child, so that none that comes early is lost on the parent.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
     child = os.fork()

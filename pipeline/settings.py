@@ -62,15 +62,15 @@ class GenerateSettings:
     """What dgh starts from: synthetic images with the statistics of natural ones, whose
     structure the images then keep; or Gaussian noise, as published."""
     learning_rate: float = 0.0
-    """RAdam's learning rate, in standardized pixel units; 0 chooses by method, start and
-    iterations."""
+    """The optimizer's learning rate, in standardized pixel units (genie: that of the generator's
+    weights); 0 chooses by method, start and iterations. sadag's refinement has rates of its own."""
     loss: Literal["code", "paper"] = "code"
     """Form of the statistics loss: that of DGH's published code, or the paper's equation 4."""
     std_weight: float = 10.0
-    """Weight of the standard deviations against the means."""
+    """With dgh: weight of the standard deviations against the means."""
     site_balance: float = 0.5
-    """How far BatchNormalization nodes with small values count like those with large ones: 0 as
-    published, 1 fully."""
+    """With dgh and genie: how far BatchNormalization nodes with small values count like those
+    with large ones: 0 as published, 1 fully."""
     pixel_prior: bool = True
     """Match the statistics of the pixels, too, where they are known."""
     slack: float | None = None

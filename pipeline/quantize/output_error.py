@@ -69,7 +69,7 @@ def fit_scales(
 
     Returns:
         The weight with its new scales; ``constant`` for operators other than Conv, Gemm and MatMul,
-        for very long windows, and for inputs that are not finite.
+        for very long windows, and for inputs that are constant or not finite.
     """
     weight = graph.constants[site.weight]
     rows = weight.movedim(site.axis, 0).flatten(1).double()
@@ -80,6 +80,8 @@ def fit_scales(
         if not bool(torch.isfinite(moments).all()):
             return constant
         factor = _error_feedback(moments)
+        if factor is None:
+            return constant
         errors = torch.stack([_error(rows, q, moments, factor) for q in candidates])
     if shared:
         errors = errors.sum(1, keepdim=True).expand_as(errors)
@@ -138,13 +140,19 @@ def _windows(
             yield rows[:, drawn].reshape(groups, size, -1).double()
 
 
-def _error_feedback(moments: torch.Tensor) -> torch.Tensor:
-    """How errors are made up for: the upper Cholesky factor of the inverse of ``H``."""
+def _error_feedback(moments: torch.Tensor) -> torch.Tensor | None:
+    """How errors are made up for: the upper Cholesky factor of the inverse of ``H``.
+
+    None where ``H`` is nothing but rounding errors: that is the covariance of constant inputs.
+    """
     diagonal = torch.diagonal(moments, dim1=1, dim2=2)
     damping = _DAMPING * diagonal.mean(1) + 1e-30
     damped = moments + torch.diag_embed(damping[:, None].expand_as(diagonal))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
+    except torch.linalg.LinAlgError:
+        return None
     return factor
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,7 @@ class TargetRow:
         compiled, ran: how far it got.
         elements: integers compared; ``differing`` those that differ.
         largest_steps: largest difference; infinite where a NaN or infinity was given.
-        allowed_steps: largest difference that is no failure; None: any.
+        allowed_steps: largest difference that is no failure; None: any that is finite.
         cause: why it may differ; "" where it may not.
         first: where it parts from the interpreter, if that was found.
         integer_kernels: weighted operators that compute in integers, of how many.
@@ -57,8 +58,8 @@ class TargetRow:
             return False
         if self.packed is not None:
             return not self.compiled
-        too_far = self.allowed_steps is not None and self.largest_steps > self.allowed_steps
-        return not self.ran or too_far
+        allowed = sys.float_info.max if self.allowed_steps is None else self.allowed_steps
+        return not self.ran or self.largest_steps > allowed
 
     @property
     def verdict(self) -> str:

@@ -117,6 +117,17 @@ def test_convolution_that_takes_years(tmp_path: Path) -> None:
     refused(tmp_path, model([pool], shape=(1, 1, 4096, 4096)), "multiplications")
 
 
+@pytest.mark.parametrize("operator", ["MatMul", "Gemm", "turned"])
+def test_products_of_long_matrices_are_no_more_than_they_are(operator: str) -> None:
+    """Many tokens of few channels, as in a transformer for detection."""
+    shape = (64, 2**19) if operator == "turned" else (2**19, 64)
+    op = "MatMul" if operator == "MatMul" else "Gemm"
+    turn = {"transA": 1} if operator == "turned" else {}
+    steps = [node(op, "x w", "a", **turn), node("Relu", "a", "y")]
+    proto = model(steps, {"w": np.zeros((64, 256), np.float32)}, shape=shape)
+    check_file_cost(proto, where="f")  # 8.6e9 multiplications
+
+
 def test_tensors_that_are_alive_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

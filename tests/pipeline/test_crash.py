@@ -41,6 +41,17 @@ def test_exit_codes_are_those_of_the_command(code: int) -> None:
     assert run(body) == (code, "ran\nend\n")
 
 
+def test_exit_code_below_a_process_that_ignores_its_children() -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        process = start("print('ran')\nreturn 5")
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    with process:
+        out, _ = process.communicate(timeout=300)
+    assert (process.returncode, out) == (5, "ran\n")
+
+
 @pytest.mark.parametrize("name", ["SIGSEGV", "SIGABRT", "SIGFPE", "SIGKILL", "SIGILL"])
 def test_crashes_are_said(name: str) -> None:
     body = f"signal.signal(signal.{name}, 0) if '{name}' != 'SIGKILL' else 0\n"

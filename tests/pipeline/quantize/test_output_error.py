@@ -152,6 +152,17 @@ def test_silent_and_infinite_inputs_keep_the_scales(make_model):
         assert after.quantizer == before.quantizer
 
 
+def test_constant_inputs_keep_the_scales(make_model):
+    """Their covariance is rounding errors, which may have no Cholesky factor."""
+    rng = np.random.default_rng(0)
+    model, _ = gemm(make_model, rng)
+    for _ in range(20):
+        x = np.repeat(rng.normal(size=(1, 9)).astype(np.float32), 300, 0)
+        before, after = fitted(model, x, 2)
+        assert np.isfinite(after.quantizer.scale).all()
+        assert after.quantizer == before.quantizer
+
+
 def test_a_shared_scale_stays_shared(make_model):
     rng = np.random.default_rng(3)
     model, _ = gemm(make_model, rng)
