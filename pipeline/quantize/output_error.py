@@ -148,12 +148,12 @@ def _error_feedback(moments: torch.Tensor) -> torch.Tensor | None:
     diagonal = torch.diagonal(moments, dim1=1, dim2=2)
     damping = _DAMPING * diagonal.mean(1) + 1e-30
     damped = moments + torch.diag_embed(damping[:, None].expand_as(diagonal))
-    try:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
-    except torch.linalg.LinAlgError:
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if bool(failed.any()):
         return None
-    return factor
+    factor: torch.Tensor
+    factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return None if bool(failed.any()) else factor
 
 
 def _error(
