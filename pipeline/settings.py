@@ -202,9 +202,10 @@ class QuantizeSettings:
     learn_exponents: bool = False
     """Learn the scale exponents of the activations: those one up or down with which the outputs of
     the network are nearer to the float network's are taken."""
-    zero_point: Literal["auto", "zero"] = "auto"
+    zero_point: Literal["auto", "zero", "middle"] = "auto"
     """auto: signed tensors that several operators read are stored as uint8 around 128, the form
-    for which onnxruntime has integer kernels; zero: int8, zero point 0, everywhere."""
+    for which onnxruntime has integer kernels; middle: all signed tensors are; zero: int8, zero
+    point 0, everywhere."""
     signedness: Literal["auto", "signed"] = "auto"
     """auto: tensors that are never negative are unsigned, which doubles their steps; signed: every
     tensor is int8, for targets without uint8."""

@@ -82,7 +82,7 @@ class Rules:
     Attributes:
         operators: those it takes; empty where it is not known, or all.
         signedness: ``signed``: no unsigned integers.
-        zero_point: ``zero``: no other one.
+        zero_point: ``zero``: no other one; ``middle``: signed tensors are uint8 around 128.
         weight_granularity: ``channel`` or ``tensor``: scales of a weight.
         bias_storage: ``int32`` or ``float``.
         fused_sums: ``yes``: it does not round between a convolution and the sum behind it.

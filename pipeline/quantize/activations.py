@@ -85,7 +85,7 @@ def absorb_activations(
 def midpoint_tensors(
     placement: Placement, tensors: Mapping[str, TensorQuantizer], settings: QuantizeSettings
 ) -> frozenset[str]:
-    """Signed tensors with several readers.
+    """Signed tensors with several readers, or all.
 
     onnxruntime on x64 computes in uint8 and turns int8 into it only where one operator reads
     the tensor; the others, and the operators around them, would stay in float.
@@ -95,5 +95,6 @@ def midpoint_tensors(
     return frozenset(
         tensor
         for tensor, quantizer in tensors.items()
-        if quantizer.signed and placement.num_readers.get(tensor, 0) > 1
+        if quantizer.signed
+        and (settings.zero_point == "middle" or placement.num_readers.get(tensor, 0) > 1)
     )

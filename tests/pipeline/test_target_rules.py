@@ -153,6 +153,14 @@ def test_openvino_gets_no_rounding_between_a_convolution_and_its_add(network, tm
     assert found == {"onnxruntime": True, "openvino": False}
 
 
+def test_openvino_gets_no_signed_activations(quantized):
+    """A Concat into int8 in front of a convolution is computed wrongly there."""
+    for target, some in (("onnxruntime", True), ("openvino", False)):
+        graph = QuantizedGraph(quantized("--target", target)[1])
+        signed = [n for n in graph.quantizers if graph.integer_type(n) == np.int8]
+        assert bool(signed) == some
+
+
 def test_vitis_gets_one_scale_a_tensor_at_an_older_opset(quantized):
     code, proto = quantized("--target", "vitis")
     assert code == 0
