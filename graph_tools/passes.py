@@ -314,7 +314,7 @@ def _is_no_op(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> bool:
         return False
     if len(node.input) > 2 and node.input[2]:
         mode = constants.get(node.input[2])
-        if mode is None or bool(values_of(mode)):
+        if mode is None or bool(values_of(mode).any()):
             raise ModelError(
                 "Dropout in training mode",
                 where=f"node '{node.name or node.output[0]}'",
@@ -337,7 +337,7 @@ def inline_constant_ifs(graph: onnx.GraphProto) -> bool:
         if condition is None:
             nodes.append(node)
             continue
-        taken = bool(values_of(condition).reshape(-1)[0])
+        taken = bool(values_of(condition).any())
         name = "then_branch" if taken else "else_branch"
         branch = next(a.g for a in node.attribute if a.name == name)
         nodes.extend(_spliced(branch, node, graph))

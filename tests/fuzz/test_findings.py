@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
+import pytest
 
+from graph_tools.errors import ModelError
 from pipeline.proving import verify_file
 from pipeline.settings import VerifySettings
 from pipeline.verify import Proof
@@ -27,3 +30,13 @@ def test_verify_of_nodes_in_the_wrong_order(tmp_path: Path) -> None:
     proto.graph.node.extend(nodes)
     refused = proof_of(proto, tmp_path).interpreted.refused
     assert "the interpreter has no integers for" in refused
+
+
+def test_a_dropout_whose_training_mode_is_no_scalar(make_model) -> None:
+    """The truth of several values was a ValueError."""
+    with pytest.raises(ModelError, match="Dropout in training mode"):
+        make_model(
+            "g (float[N,3,4,4] x) => (float[N,3,4,4] y) { y = Dropout(x, r, t) }",
+            r=np.float32(0.5),
+            t=np.array([False, True]),
+        )
