@@ -17,13 +17,6 @@ def test_damaged_files(command: str) -> None:
     _run(command, range(_CASES[command]))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("first", range(1000, 3000, 500))
-@pytest.mark.parametrize("command", COMMANDS)
-def test_thousands_of_damaged_files(command: str, first: int) -> None:
-    _run(command, range(first, first + 500))
-
-
 def test_cases_are_made_again_from_their_numbers() -> None:
     assert case("load", 0, 5) == case("load", 0, 5)
     assert len({case("load", 0, number) for number in range(20)}) > 15
