@@ -32,6 +32,16 @@ def levels(cells: dict[str, Cell], axis: str) -> list[Any]:
     return sorted({cell["at"][axis] for cell in cells.values()}, key=_order)
 
 
+def _grouped(
+    cells: dict[str, Cell], axes: Sequence[str]
+) -> list[tuple[tuple[Any, ...], dict[str, Cell]]]:
+    """The cells by what stands at ``axes``, in order."""
+    groups: dict[tuple[Any, ...], dict[str, Cell]] = {}
+    for key, cell in cells.items():
+        groups.setdefault(tuple(cell["at"][name] for name in axes), {})[key] = cell
+    return sorted(groups.items(), key=lambda item: [_order(v) for v in item[0]])
+
+
 def pivot(
     cells: dict[str, Cell],
     *,
@@ -44,10 +54,7 @@ def pivot(
 ) -> str:
     """One table for each combination of ``tables``: means over all else, mostly seeds."""
     lines = [f"# {title}", "", "Mean ± standard deviation (n seeds)."]
-    groups: dict[tuple[Any, ...], dict[str, Cell]] = {}
-    for key, cell in cells.items():
-        groups.setdefault(tuple(cell["at"][name] for name in tables), {})[key] = cell
-    for group, found in sorted(groups.items(), key=lambda item: [_order(v) for v in item[0]]):
+    for group, found in _grouped(cells, tables):
         columns = levels(found, column)
         lines += ["", f"## {', '.join(map(str, group))}", ""]
         lines += [
@@ -82,14 +89,11 @@ def draw(
     label: str,
 ) -> None:
     """One panel for each combination of ``panels``: means, with bars of a standard deviation."""
-    groups: dict[tuple[Any, ...], dict[str, Cell]] = {}
-    for key, cell in cells.items():
-        groups.setdefault(tuple(cell["at"][name] for name in panels), {})[key] = cell
+    groups = _grouped(cells, panels)
     _, axes = plt.subplots(
         1, len(groups), figsize=(4.2 * len(groups), 3.6), squeeze=False, layout="constrained"
     )
-    ordered = sorted(groups.items(), key=lambda item: [_order(v) for v in item[0]])
-    for panel, (group, found) in zip(axes[0], ordered, strict=True):
+    for panel, (group, found) in zip(axes[0], groups, strict=True):
         ticks = levels(found, x)
         for name in levels(found, line):
             xs, means, bars = [], [], []

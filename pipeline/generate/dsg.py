@@ -18,9 +18,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pipeline.generate.defaults import default_iterations
 from pipeline.generate.job import Job, Made
-from pipeline.generate.loop import OnStep, OptimizeSettings
+from pipeline.generate.loop import OnStep
 from pipeline.generate.objective import Objective
 from pipeline.generate.single_images import image_errors
 from pipeline.generate.slack import Margins, image_margins, own_site
@@ -63,13 +62,5 @@ def make_dsg(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
     quantile = _QUANTILE if settings.slack is None else settings.slack
     margins = image_margins(job.gaussians(), network, targets, quantile)
     objective = DsgObjective(targets=targets, margins=margins, sites=len(job.sites))
-    iterations = settings.iterations or default_iterations(*job.shape[1:], "noise")
-    how = OptimizeSettings(
-        iterations=iterations,
-        learning_rate=settings.learning_rate or _LEARNING_RATE,
-        optimizer="adam",
-        patience=max(10, iterations * _PATIENCE // _ITERATIONS),
-        factor=0.1,
-        forgets=False,
-    )
+    how = job.by_adam(_LEARNING_RATE, patience=_PATIENCE, published=_ITERATIONS)
     return job.optimize(writer, network, plain_prior(job), objective, how, on_step)

@@ -28,10 +28,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from graph_tools.errors import SettingsError
-from pipeline.generate.defaults import default_iterations
 from pipeline.generate.job import Job, Made
 from pipeline.generate.last_linear import LastLinear, find_last_linear
-from pipeline.generate.loop import OnStep, OptimizeSettings
+from pipeline.generate.loop import OnStep
 from pipeline.generate.objective import Objective
 from pipeline.generate.statistics import SiteTargets, Sums
 from pipeline.images import ImageWriter
@@ -120,7 +119,7 @@ def make_intraq(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
     Raises:
         SettingsError: the network is no classifier.
     """
-    settings, generator = job.settings, job.generator
+    generator = job.generator
     layer = find_last_linear(job.model)
     if layer is None:
         raise SettingsError(
@@ -145,16 +144,7 @@ def make_intraq(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
         low=low,
         high=high,
     )
-    iterations = settings.iterations or default_iterations(*job.shape[1:], "noise")
-    how = OptimizeSettings(
-        iterations=iterations,
-        learning_rate=settings.learning_rate or _LEARNING_RATE,
-        optimizer="adam",
-        patience=max(10, iterations * _PATIENCE // _ITERATIONS),
-        factor=0.1,
-        forgets=False,
-        scope=1,
-    )
+    how = job.by_adam(_LEARNING_RATE, patience=_PATIENCE, published=_ITERATIONS, scope=1)
     prior = job.image_prior(padding=0, blur=0.0, clip=False, crop_scale=_CROP)
     network = job.network((layer.logits, layer.features))
     return job.optimize(writer, network, prior, objective, how, on_step)

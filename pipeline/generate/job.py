@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graph_tools.batchnorm import BatchNormSite
 from graph_tools.model import Model
-from pipeline.generate.defaults import default_batch_size
+from pipeline.generate.defaults import default_batch_size, default_iterations
 from pipeline.generate.loop import LossRecord, OnStep, OptimizeSettings, optimize
 from pipeline.generate.network import PIXELS, Network, standard_range
 from pipeline.generate.objective import Objective
@@ -105,6 +105,31 @@ class Job:
                 writer.append(network.model_input(images).cpu().numpy())
         matches = targets.match(before, after)
         return tuple(row for row in matches if row.node != PIXELS), tuple(history)
+
+    def by_adam(
+        self, learning_rate: float, *, patience: int, published: int, scope: int = 0
+    ) -> OptimizeSettings:
+        """Return how methods that optimize pixels by Adam do it, unless the user says otherwise.
+
+        They take as many steps as DGH from noise.
+
+        Args:
+            learning_rate: as published; it falls to a tenth.
+            patience: published steps without progress before it does.
+            published: steps in all.
+            scope: batches whose statistics count together; 0 for all.
+        """
+        settings = self.settings
+        iterations = settings.iterations or default_iterations(*self.shape[1:], "noise")
+        return OptimizeSettings(
+            iterations=iterations,
+            learning_rate=settings.learning_rate or learning_rate,
+            optimizer="adam",
+            patience=max(10, iterations * patience // published),
+            factor=0.1,
+            forgets=False,
+            scope=scope,
+        )
 
     def network(
         self, heads: Sequence[str], watched: Sequence[BatchNormSite] | None = None

@@ -19,8 +19,6 @@ The published neighbor step is 0 but for rounding: see `last_layer.neighbor`.
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,6 +51,7 @@ from pipeline.generate.loop import OnStep
 from pipeline.generate.network import PIXELS, Network
 from pipeline.generate.prior import Source, blur_kernel
 from pipeline.generate.quantized import QuantizedNetwork, last_linear
+from pipeline.generate.store import temporary_folder
 from pipeline.images import ImageSet, ImageWriter, open_images
 
 __all__ = ["Agreement", "SadagObjective", "make_sadag"]
@@ -200,7 +199,7 @@ def _generators(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
 
     before, after = run.targets.zero(), run.targets.zero()
     warm, refined = [], []
-    with _folder(writer.path) as folder:
+    with temporary_folder(writer.path) as folder:
         path = folder / "images.npz"
         with ImageWriter(path, count=sum(job.sizes), shape=job.model.input.shape) as first:
             for index, size in enumerate(job.sizes):
@@ -246,7 +245,7 @@ def _refine(
 
 def _pixels(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
     head = last_linear(job.model).logits
-    with _folder(writer.path) as folder:
+    with temporary_folder(writer.path) as folder:
         path = folder / "images.npz"
         with ImageWriter(path, count=sum(job.sizes), shape=job.model.input.shape) as first:
             before, warm = make_dgh(job, first, on_step)
@@ -303,20 +302,3 @@ def _load(latent: Latent, path: Path) -> Latent:
     latent.codes.detach().copy_(state.pop("codes"))
     latent.generator.load_state_dict(state)
     return latent
-
-
-@contextlib.contextmanager
-def _folder(beside: Path) -> Iterator[Path]:
-    """A hidden folder beside a file, removed at the end."""
-    try:
-        folder = tempfile.TemporaryDirectory(
-            prefix=f".{beside.name}.", dir=beside.parent, ignore_cleanup_errors=True
-        )
-    except OSError as error:
-        raise DataError(
-            f"no folder can be made there ({error.strerror or error})",
-            where=str(beside.parent),
-            hint="choose another place with -o",
-        ) from error
-    with folder as name:
-        yield Path(name)

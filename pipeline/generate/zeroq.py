@@ -20,9 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.generate.defaults import default_iterations
 from pipeline.generate.job import Job, Made
-from pipeline.generate.loop import OnStep, OptimizeSettings
+from pipeline.generate.loop import OnStep
 from pipeline.generate.network import PIXELS, blank_site
 from pipeline.generate.objective import Objective
 from pipeline.generate.prior import ImagePrior
@@ -70,15 +69,6 @@ def plain_prior(job: Job) -> ImagePrior:
 
 def make_zeroq(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
     """Optimize images by ZeroQ and write them."""
-    settings = job.settings
-    iterations = settings.iterations or default_iterations(*job.shape[1:], "noise")
-    how = OptimizeSettings(
-        iterations=iterations,
-        learning_rate=settings.learning_rate or _LEARNING_RATE,
-        optimizer="adam",
-        patience=max(10, iterations * _PATIENCE // _ITERATIONS),
-        factor=0.1,
-        forgets=False,
-    )
+    how = job.by_adam(_LEARNING_RATE, patience=_PATIENCE, published=_ITERATIONS)
     objective = ZeroqObjective(targets=watched_sites(job))
     return job.optimize(writer, job.network(()), plain_prior(job), objective, how, on_step)

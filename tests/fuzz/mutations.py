@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
+import numpy as np
 import onnx
 from onnx import AttributeProto, TensorProto, helper
 
@@ -298,17 +300,22 @@ def _tensor(proto: onnx.ModelProto, rng: random.Random) -> None:
         tensor.dims[:] = list(reversed(tensor.dims))
 
 
+def _drawn(
+    proto: onnx.ModelProto, rng: random.Random, types: Collection[int]
+) -> tuple[onnx.TensorProto | None, np.ndarray]:
+    """One of the tensors of these types with a copy of its values; None if there is none."""
+    tensors = [t for t in _tensors(proto) if t.data_type in types]
+    if tensors:
+        tensor = rng.choice(tensors)
+        with contextlib.suppress(ValueError, TypeError):
+            return tensor, onnx.numpy_helper.to_array(tensor).copy()
+    return None, np.empty(0)
+
+
 def _values(proto: onnx.ModelProto, rng: random.Random) -> None:
     """Keep a tensor's type and shape, but not its values: scales, zero points, shapes, pads."""
-    tensors = [t for t in _tensors(proto) if t.data_type in range(1, 14) and t.data_type != 8]
-    if not tensors:
-        return
-    tensor = rng.choice(tensors)
-    try:
-        array = onnx.numpy_helper.to_array(tensor).copy()
-    except (ValueError, TypeError):
-        return
-    if not array.size:
+    tensor, array = _drawn(proto, rng, {*range(1, 14)} - {onnx.TensorProto.STRING})
+    if tensor is None or not array.size:
         return
     flat, name = array.reshape(-1), tensor.name
     choices: Sequence[float] = FLOATS if array.dtype.kind == "f" else INTEGERS
@@ -325,13 +332,8 @@ def _values(proto: onnx.ModelProto, rng: random.Random) -> None:
 
 def _reshaped(proto: onnx.ModelProto, rng: random.Random) -> None:
     """Give a tensor another rank or fewer values, sound in itself."""
-    tensors = [t for t in _tensors(proto) if t.data_type in (1, 2, 3, 6, 7)]
-    if not tensors:
-        return
-    tensor = rng.choice(tensors)
-    try:
-        array = onnx.numpy_helper.to_array(tensor).copy()
-    except (ValueError, TypeError):
+    tensor, array = _drawn(proto, rng, {1, 2, 3, 6, 7})
+    if tensor is None:
         return
     kind, name = rng.randrange(5), tensor.name
     if kind == 0:
