@@ -13,7 +13,7 @@ Source: ONNX BatchNormalization-15. Folding is computed in float64 and rounded o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -190,12 +190,16 @@ def expose_inputs(model: Model, sites: Sequence[BatchNormSite]) -> Model:
     return replace_proto(model, model.proto, outputs=tuple(outputs))
 
 
-def fold_batch_norms(model: Model) -> Model:
+def fold_batch_norms(model: Model, *, keep: Collection[str] = ()) -> Model:
     """Fold each BatchNormalization into the Conv, ConvTranspose or Gemm before it.
 
     A node stays if anything but the BatchNormalization reads the tensor between them, if that
-    tensor is a graph output, or if the weights are not constants. Weights that several nodes
-    share are copied.
+    tensor is a graph output, or if the weights are not constants, or not finite once folded.
+    Weights that several nodes share are copied.
+
+    Args:
+        model: the network.
+        keep: names of BatchNormalization nodes that stay in any case.
 
     Returns:
         A model with the same interface and, up to float32 rounding, the same outputs.
@@ -215,7 +219,7 @@ def fold_batch_norms(model: Model) -> Model:
     outside = any(is_outside(tensor) for tensor in graph.initializer)
     folded = []
     for index, node in enumerate(graph.node):
-        if node.op_type != "BatchNormalization":
+        if node.op_type != "BatchNormalization" or node.name in keep:
             continue
         producer = producers.get(node.input[0])
         if producer is None or uses[node.input[0]] != 1:
@@ -274,7 +278,9 @@ def _folded_weights(
     if channels != site.channels:
         return None
     bias = factor * (bias.reshape(-1) - site.mean) + site.bias
-    return (weight * spread).astype(np.float32), bias.astype(np.float32)
+    with np.errstate(over="ignore"):
+        weight, bias = (weight * spread).astype(np.float32), bias.astype(np.float32)
+    return (weight, bias) if np.isfinite(weight).all() and np.isfinite(bias).all() else None
 
 
 def _unused_names(

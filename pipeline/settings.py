@@ -58,6 +58,9 @@ class GenerateSettings:
     engine: Literal["torch", "ort"] = "torch"
     """What computes the network and its gradients: torch, or onnxruntime-training, which needs an
     environment of its own (`make ort`)."""
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
+    """Of convolutions and matrix products while images are made: auto is float32 on a CPU, tf32 on
+    a GPU. Moments are summed in float32 and float64 with each."""
     start: Literal["natural", "noise"] = "natural"
     """What dgh starts from: synthetic images with the statistics of natural ones, whose
     structure the images then keep; or Gaussian noise, as published."""

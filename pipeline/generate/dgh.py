@@ -131,7 +131,8 @@ def make_dgh(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
     if job.settings.start == "natural":
         source = synthetic_source(job.preprocessing, job.shape[0])
     prior = job.image_prior(source=source)
-    return job.optimize(writer, job.network(objective.heads), prior, objective, how, on_step)
+    network = job.network(objective.heads, folded=bool(objective.targets.taps))
+    return job.optimize(writer, network, prior, objective, how, on_step)
 
 
 def dgh_parts(job: Job) -> tuple[DghObjective, OptimizeSettings]:
@@ -143,7 +144,10 @@ def dgh_parts(job: Job) -> tuple[DghObjective, OptimizeSettings]:
         heads = tuple(dict.fromkeys((*heads, *find_bare_convolutions(job.model))))
     pixels = pixel_site(job.preprocessing, channels) if settings.pixel_prior else None
     watched = (*job.sites, pixels) if pixels is not None else job.sites
-    targets = SiteTargets(watched, job.device)
+    # What looks at single images or single values needs the inputs themselves.
+    folds = settings.engine == "torch" and settings.slack is None
+    folds &= settings.output_hinge is None and not settings.layer_enhancement
+    targets = SiteTargets(watched, job.device, job.folded[1] if folds else None)
     margins = None
     if settings.slack is not None:
         network = job.network(heads)

@@ -5,12 +5,14 @@ A method is a module with an objective, its defaults and a function that takes a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from graph_tools.batchnorm import BatchNormSite
+from graph_tools.folded_taps import Tap, fold_taps
 from graph_tools.model import Model
 from pipeline.generate.defaults import default_batch_size, default_iterations
 from pipeline.generate.loop import LossRecord, OnStep, OptimizeSettings, optimize
@@ -131,14 +133,38 @@ class Job:
             scope=scope,
         )
 
+    @functools.cached_property
+    def folded(self) -> tuple[Model, dict[str, Tap]]:
+        """The model with BatchNormalization folded, and where its inputs are seen then."""
+        return fold_taps(self.model, self.sites)
+
     def network(
-        self, heads: Sequence[str], watched: Sequence[BatchNormSite] | None = None
+        self,
+        heads: Sequence[str],
+        watched: Sequence[BatchNormSite] | None = None,
+        *,
+        folded: bool = False,
     ) -> Network:
-        """Return the network, observing ``heads`` and ``watched``, by default all ``sites``."""
+        """Return the network, observing ``heads`` and ``watched``, by default all ``sites``.
+
+        Args:
+            heads: tensors by name.
+            watched: BatchNormalization nodes whose inputs are observed.
+            folded: whether through the taps of `folded`, where there is one.
+        """
         sites = self.sites if watched is None else watched
-        tensors = [*(site.tensor for site in sites if site.tensor != PIXELS), *heads]
-        engine = self.settings.engine
-        return Network(self.model, tensors, self.preprocessing, self.device, engine)
+        model, taps = self.folded if folded else (self.model, {})
+        seen = [site.tensor for site in sites if site.tensor != PIXELS]
+        tensors = [*(taps[t].tensor if t in taps else t for t in seen), *heads]
+        settings = self.settings
+        return Network(
+            model,
+            tensors,
+            self.preprocessing,
+            self.device,
+            settings.engine,
+            settings.precision,
+        )
 
     def image_prior(
         self,

@@ -13,6 +13,7 @@ from graph_tools.batchnorm import BatchNormSite
 from graph_tools.errors import SettingsError
 from graph_tools.model import Model
 from graph_tools.torch_graph import Entry, Hook, TorchGraph
+from pipeline.generate.precision import Precision, arithmetic
 from pipeline.generate.prior import PIXEL_MEAN, PIXEL_STD
 from pipeline.preprocessing import Preprocessing
 
@@ -35,6 +36,8 @@ class Network:
         preprocessing: how pixels become the model's input.
         device: where to run.
         engine: what runs it; see `graph_tools.ort_graph` for ``"ort"``.
+        precision: of convolutions and matrix products, see `pipeline.generate.precision`; engine
+            torch only.
 
     Raises:
         SettingsError: the engine is not installed, or cannot run on the device.
@@ -53,8 +56,9 @@ class Network:
         preprocessing: Preprocessing,
         device: torch.device,
         engine: Literal["torch", "ort"] = "torch",
+        precision: Precision = "auto",
     ) -> None:
-        self.device = device
+        self.device, self._precision = device, precision
         self.chunk = model.fixed_batch
         self.layout = model.input.layout
         outputs = list(dict.fromkeys(tensors))
@@ -121,9 +125,9 @@ class Network:
         if missing > 0:
             values = torch.cat([values, values[-1:].expand(missing, -1, -1, -1)])
         given = {"hook": hook, "entry": entry}
-        observed: dict[str, Tensor] = self._graph(
-            values, **{name: change for name, change in given.items() if change is not None}
-        )
+        changes = {name: change for name, change in given.items() if change is not None}
+        with arithmetic(self._precision, self.device):
+            observed: dict[str, Tensor] = self._graph(values, **changes)
         if missing > 0:
             observed = {name: value[:count] for name, value in observed.items()}
         return observed

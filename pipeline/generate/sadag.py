@@ -251,7 +251,9 @@ def _pixels(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
             before, warm = make_dgh(job, first, on_step)
         images = open_images(path, shape=job.model.input.shape)
         objective, how = dgh_parts(job)
-        network = job.network(list(dict.fromkeys([*objective.heads, head])))
+        network = job.network(
+            list(dict.fromkeys([*objective.heads, head])), folded=bool(objective.targets.taps)
+        )
         refined = SadagObjective(
             **vars(objective), agreement=_agreement(job, network, head, images)
         )

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from graph_tools.batchnorm import BatchNormSite
+from graph_tools.folded_taps import Tap
 
 __all__ = ["SiteTargets", "StatisticsMatch", "Sums", "moments"]
 
@@ -134,14 +135,24 @@ def _reduce(values: Tensor) -> tuple[Tensor, Tensor]:
         if values.device.type == "cpu"
         else (values,)
     )
-    means, variances = zip(
-        *(torch.batch_norm_update_stats(part, None, None, 0.0) for part in parts), strict=True
-    )
+    means, variances = zip(*map(_part_moments, parts), strict=True)
     count = torch.tensor([len(part) for part in parts], device=values.device).double()
     mean, variance = torch.stack(means).double(), torch.stack(variances).double()
     weight = (count / count.sum()).unsqueeze(1)
     total = (weight * mean).sum(0)
     return total, (weight * (variance + (mean - total).square())).sum(0)
+
+
+def _part_moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of each channel, [C] float32 or float64."""
+    if values.dtype in (torch.float32, torch.float64):
+        mean, variance = torch.batch_norm_update_stats(values, None, None, 0.0)
+        return mean, variance
+    # Of other types it returns that type; running statistics of momentum 1 are float32.
+    running = values.new_zeros((2, values.shape[1]), dtype=torch.float32)
+    torch.batch_norm_update_stats(values, running[0], running[1], 1.0)
+    count = values.numel() // values.shape[1]
+    return running[0], running[1] * ((count - 1) / count)
 
 
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,24 +174,34 @@ class SiteTargets:
     Args:
         sites: BatchNormalization nodes in graph order, at least one.
         device: where the vectors live.
+        taps: by name of a site's tensor, where it is seen instead (`graph_tools.folded_taps`).
 
     Attributes:
         sites: as given.
+        taps: as given.
         center: means, [P] float64, P the channels of all sites together.
         variance: variances, [P] float64.
         epsilon: epsilon of each site, [P] float64.
         site_index: site of each channel, [P] int64.
     """
 
-    def __init__(self, sites: Sequence[BatchNormSite], device: torch.device) -> None:
+    def __init__(
+        self,
+        sites: Sequence[BatchNormSite],
+        device: torch.device,
+        taps: Mapping[str, Tap] | None = None,
+    ) -> None:
         def row(values: Sequence[np.ndarray]) -> Tensor:
             joined = np.concatenate([np.asarray(value, dtype=np.float64) for value in values])
             return torch.from_numpy(joined).to(device)
 
-        self.sites = tuple(sites)
+        self.sites, self.taps = tuple(sites), dict(taps or {})
         self.center = row([site.mean for site in sites])
         self.variance = row([site.variance for site in sites])
         self.epsilon = row([np.full(site.channels, site.epsilon) for site in sites])
+        pairs = [(site, self.taps.get(site.tensor)) for site in sites]
+        self._gain = row([np.ones(s.channels) if t is None else t.gain for s, t in pairs])
+        self._seen_center = row([s.mean if t is None else t.center for s, t in pairs])
         channels = [site.channels for site in sites]
         self.site_index = torch.repeat_interleave(
             torch.arange(len(sites)), torch.tensor(channels)
@@ -189,7 +210,10 @@ class SiteTargets:
     @property
     def tensors(self) -> tuple[str, ...]:
         """Names of the tensors to observe, one a site."""
-        return tuple(site.tensor for site in self.sites)
+        return tuple(
+            self.taps[site.tensor].tensor if site.tensor in self.taps else site.tensor
+            for site in self.sites
+        )
 
     def zero(self) -> Sums:
         """Return the sums of no images."""
@@ -206,12 +230,13 @@ class SiteTargets:
         variance = torch.cat([observed[name][1] for name in self.tensors])
         count = torch.cat(
             [
-                self.center.new_full((site.channels,), values[site.tensor].numel())
-                / site.channels
-                for site in self.sites
+                self.center.new_full((site.channels,), values[name].numel()) / site.channels
+                for site, name in zip(self.sites, self.tensors, strict=True)
             ]
         )
-        offset = mean - self.center
+        if self.taps:
+            variance = variance * self._gain.square()
+        offset = (mean - self._seen_center) * self._gain
         return Sums(count, count * offset, count * (variance + offset.square()))
 
     def mean_over_channels(self, values: Tensor) -> Tensor:

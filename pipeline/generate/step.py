@@ -8,6 +8,7 @@ through each chunk. The gradient is that of the whole batch at once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -42,6 +43,16 @@ def measure_batch(images: Tensor, network: Network, targets: SiteTargets) -> Sum
     return sums
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """What a term of the loss alone gives."""
+
+    gradient: Tensor
+    own: Sums
+    statistics: float
+    output: float
+
+
 class Step:
     """One step of one batch.
 
@@ -71,21 +82,30 @@ class Step:
         self.chunks = _chunks(self.images, network)
         # With a single chunk its forward pass serves every purpose.
         self.values = network.observe(self.images) if len(self.chunks) == 1 else None
+        self._parts: tuple[_Part, _Part] | None = None
+        self._seen: list[tuple[Mapping[str, Tensor], int]] = []
 
     def gradient_ratio(self) -> float:
-        """Return |gradient of the statistics| / |gradient of the output loss|."""
-        norms: list[float] = []
-        for statistics, output in ((1.0, 0.0), (0.0, 1.0)):
-            self.batch.canvas.grad = None
-            self._propagate(statistics, output, keep=True)
-            assert self.batch.canvas.grad is not None
-            norms.append(float(self.batch.canvas.grad.norm()))
+        """Return |gradient of the statistics| / |gradient of the output loss|.
+
+        `backward` afterwards only adds the two up.
+        """
+        statistics, output = self._gradient(1.0, 0.0), self._gradient(0.0, 1.0)
+        self._parts = statistics, output
+        norms = [float(part.gradient.norm()) for part in self._parts]
         return norms[0] / max(norms[1], 1e-30) if np.isfinite(norms).all() else 0.0
 
     def backward(self, output_weight: float) -> tuple[Sums, dict[str, float]]:
         """Set the canvas's gradient; return the batch's moments and the loss terms."""
         self.batch.canvas.grad = None
-        own, statistics, output = self._propagate(1.0, output_weight, keep=False)
+        if self._parts is None:
+            own, statistics, output = self._propagate(1.0, output_weight, keep=False)
+        else:
+            first, second = self._parts
+            self.batch.canvas.grad = first.gradient.add_(second.gradient, alpha=output_weight)
+            own, statistics, output = first.own, first.statistics, second.output
+        for values, place in self._seen:
+            self.objective.remember({n: v.detach() for n, v in values.items()}, place)
         _check_finite(own, self.objective.targets, "optimizing images")
         terms = {
             "total": statistics + output_weight * output,
@@ -98,6 +118,14 @@ class Step:
                 "the loss is not finite", hint="lower --learning-rate or check the weights"
             )
         return own, terms
+
+    def _gradient(self, weight: float, output_weight: float) -> _Part:
+        canvas = self.batch.canvas
+        canvas.grad = None
+        own, statistics, output = self._propagate(weight, output_weight, keep=True)
+        assert canvas.grad is not None
+        gradient, canvas.grad = canvas.grad, None
+        return _Part(gradient=gradient, own=own, statistics=statistics, output=output)
 
     def _propagate(
         self, weight: float, output_weight: float, *, keep: bool
@@ -115,8 +143,7 @@ class Step:
             output = objective.output(self.values)
             loss = loss + output_weight * output
         loss.backward(retain_graph=keep)  # type: ignore[no-untyped-call]
-        if not keep:
-            self._remember(self.values, self.first)
+        self._seen = [(self.values, self.first)]
         value = 0.0 if output is None else float(output.detach())
         return sums.detach(), float(statistics.detach()), value
 
@@ -134,7 +161,8 @@ class Step:
         if whole.requires_grad:
             slopes = list(torch.autograd.grad(whole * weight, moments))
         statistics, output = float(whole.detach()), 0.0
-        gradients, seen = [], []
+        gradients: list[Tensor] = []
+        self._seen = []
         for chunk, first in self._places():
             leaf = chunk.detach().requires_grad_()
             values = self.network.observe(leaf)
@@ -150,20 +178,14 @@ class Step:
                 output += float(term.detach())
                 loss = loss + output_weight * term
             gradients.append(torch.autograd.grad(loss, leaf)[0])
-            if not keep:
-                seen.append((values, first))
+            self._seen.append(({n: v.detach() for n, v in values.items()}, first))
         self.images.backward(torch.cat(gradients), retain_graph=keep)  # type: ignore[no-untyped-call]
-        for values, first in seen:
-            self._remember(values, first)
         return sums, statistics, output
 
     def _places(self) -> list[tuple[Tensor, int]]:
         """Return each chunk with the index of its first image."""
         size = len(self.chunks[0])
         return [(chunk, self.first + place * size) for place, chunk in enumerate(self.chunks)]
-
-    def _remember(self, values: Mapping[str, Tensor], first: int) -> None:
-        self.objective.remember({n: v.detach() for n, v in values.items()}, first)
 
 
 def _chunks(images: Tensor, network: Network) -> Sequence[Tensor]:

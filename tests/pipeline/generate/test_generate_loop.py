@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from graph_tools.batchnorm import find_batch_norms
+from graph_tools.folded_taps import fold_taps
 from graph_tools.model import Model
 from pipeline.generate.dgh import DghObjective
 from pipeline.generate.loop import OptimizeSettings, optimize
@@ -105,6 +106,73 @@ def test_gradient_ratio_is_the_quotient_of_the_norms(small: Model, chunk: int | 
         norms.append(batch.canvas.grad.clone())
     expected = norms[0].norm() / (norms[1] - norms[0]).norm()
     assert ratio == pytest.approx(expected.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_step_whose_ratio_was_measured_is_the_same_step(
+    small: Model, chunk: int | None
+) -> None:
+    setup = Setup(replace(small, fixed_batch=chunk))
+    batch, view, zero = setup.batch(4, seed=1), setup.prior.center(), setup.targets.zero()
+    found = []
+    for measured in (False, True):
+        step = Step(batch, view, zero, setup.network, setup.prior, setup.objective)
+        if measured:
+            step.gradient_ratio()
+        own, terms = step.backward(0.3)
+        assert batch.canvas.grad is not None
+        found.append((batch.canvas.grad.clone(), own.first, terms))
+    scale = found[0][0].abs().max().item()
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5 * scale)
+    torch.testing.assert_close(found[1][1], found[0][1])
+    assert found[1][2] == pytest.approx(found[0][2], rel=1e-5)
+
+
+def test_folded_batch_normalization_gives_the_same_gradient(small: Model) -> None:
+    setup = Setup(small)
+    folded, taps = fold_taps(small, setup.targets.sites)
+    assert len(taps) == 2
+    through = SiteTargets(setup.targets.sites, CPU, taps)
+    network = Network(
+        folded, [*through.tensors, *HEADS], Preprocessing(mean=(0.5,), std=(0.5,)), CPU
+    )
+    batch, view, zero = setup.batch(4, seed=1), setup.prior.center(), setup.targets.zero()
+    found = []
+    for seen, targets in ((setup.network, setup.targets), (network, through)):
+        objective = DghObjective(targets=targets, heads=HEADS)
+        step = Step(batch, view, zero, seen, setup.prior, objective)
+        own, terms = step.backward(0.3)
+        assert batch.canvas.grad is not None
+        found.append((batch.canvas.grad.clone(), own, terms))
+    scale = found[0][0].abs().max().item()
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5 * scale)
+    for part in ("count", "first", "second"):
+        one, other = (getattr(own, part) for _, own, _ in found)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * one.abs().max().item())
+    assert found[1][2] == pytest.approx(found[0][2], rel=1e-5)
+
+
+def test_bfloat16_steps_point_where_float32_steps_do(small: Model) -> None:
+    setup = Setup(small)
+    low = Network(
+        small,
+        [*setup.targets.tensors, *HEADS],
+        Preprocessing(mean=(0.5,), std=(0.5,)),
+        CPU,
+        precision="bfloat16",
+    )
+    batch, view, zero = setup.batch(4, seed=1), setup.prior.center(), setup.targets.zero()
+    found = []
+    for network in (setup.network, low):
+        step = Step(batch, view, zero, network, setup.prior, setup.objective)
+        found.append((step.backward(0.3), batch.canvas.grad))
+    (exact, gradient), (rough, other) = found
+    assert gradient is not None
+    assert other is not None
+    assert float(torch.cosine_similarity(gradient.flatten(), other.flatten(), dim=0)) > 0.99
+    assert rough[1]["total"] == pytest.approx(exact[1]["total"], rel=0.02)
+    assert rough[0].first.dtype == torch.float64
+    assert not torch.equal(gradient, other)
 
 
 def run(

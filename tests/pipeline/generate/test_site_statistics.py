@@ -144,3 +144,16 @@ def test_sums_are_additive() -> None:
     one = Sums(*(torch.full((2,), float(value)) for value in (1, 2, 3)))
     both = one + one - one
     assert [both.count[0].item(), both.first[0].item(), both.second[0].item()] == [1, 2, 3]
+
+
+def test_moments_of_bfloat16_values_are_summed_in_float32() -> None:
+    values = (
+        torch.randn(7, 5, 40, 30, generator=torch.Generator().manual_seed(1)) * 3 + 2
+    ).to(torch.bfloat16)
+    for seen in (values, values.contiguous(memory_format=torch.channels_last)):
+        mean, variance = moments(seen)
+        exact = values.double()
+        torch.testing.assert_close(mean, exact.mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            variance, exact.var((0, 2, 3), correction=0), rtol=1e-4, atol=0
+        )
