@@ -28,11 +28,13 @@ from rich.text import Text
 from graph_tools.errors import SettingsError, ZsqError
 from pipeline.crash import run_guarded
 from pipeline.settings import (
+    CheckpointSettings,
     GenerateSettings,
     InputSettings,
     QuantizeSettings,
     VerifySettings,
 )
+from pipeline.stopping import Interrupted, terminable
 
 if TYPE_CHECKING:
     from graph_tools.model import Model
@@ -124,6 +126,7 @@ class Generate:
     """Put folded BatchNormalization back with the statistics of this file: a state_dict (.pt, .pth,
     .bin), .safetensors, or an .onnx of the same network that kept them."""
     generation: GenerateSettings = field(default_factory=GenerateSettings)
+    checkpoints: CheckpointSettings = field(default_factory=CheckpointSettings)
     input: InputSettings = field(default_factory=InputSettings)
     common: CommonSettings = field(default_factory=CommonSettings)
 
@@ -151,6 +154,7 @@ class Generate:
                 preprocessing=preprocessing,
                 quantizer=quantizer_of(model, seed=self.generation.seed),
                 on_step=lambda done, total, terms: progress("generate", done, total, terms),
+                checkpoints=self.checkpoints,
             )
         facts = describe_generation(generated, self.generation, model)
         facts["output"] = str(self.output)
@@ -192,6 +196,7 @@ class Quantize:
     64 of up to 147x147 pixels, fewer beyond."""
     quantization: QuantizeSettings = field(default_factory=QuantizeSettings)
     generation: GenerateSettings = field(default_factory=GenerateSettings)
+    checkpoints: CheckpointSettings = field(default_factory=CheckpointSettings)
     input: InputSettings = field(default_factory=InputSettings)
     common: CommonSettings = field(default_factory=CommonSettings)
 
@@ -209,6 +214,7 @@ class Quantize:
             evaluate_data=self.evaluate,
             input=self.input,
             generation=self.generation,
+            checkpoints=self.checkpoints,
             quantization=self.quantization,
             verification=VerifySettings(
                 max_images=self.verify_images,
@@ -458,7 +464,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         from graph_tools.limits import within_memory
 
-        with within_memory(arguments[0]):
+        with terminable(), within_memory(arguments[0]):
             code, facts = command.run()
         if command.common.json:
             sys.stdout.write(json.dumps(_finite(facts), indent=1) + "\n")
@@ -468,8 +474,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         _stderr.print(f"zsq: {error}", markup=False, soft_wrap=True)
         return 2
-    except KeyboardInterrupt:
-        _stderr.print("zsq: interrupted", markup=False)
+    except KeyboardInterrupt as stop:
+        how = f": {stop}" if isinstance(stop, Interrupted) else ""
+        _stderr.print(f"zsq: interrupted{how}", markup=False, soft_wrap=True)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,6 +7,7 @@ file anywhere, and the same images give the same bytes (archive times are fixed)
 from __future__ import annotations
 
 import contextlib
+import glob
 import math
 import os
 import struct
@@ -167,6 +168,13 @@ class ImageWriter:
             self._discard()
             raise
         return self
+
+    @staticmethod
+    def remove_leftovers(path: Path) -> None:
+        """Remove what killed processes left of files that were to become ``path``."""
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            with contextlib.suppress(OSError):
+                left.unlink()
 
     def append(self, batch: npt.NDArray[np.floating[Any]]) -> None:
         """Write the next images.

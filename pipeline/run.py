@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from pipeline.generate import (
     Quantizer,
     default_num_images,
     generate,
+    remove_checkpoints,
 )
 from pipeline.generate.input_range import guess_preprocessing
 from pipeline.images import ImageSet, ImageWriter, open_images
@@ -41,6 +42,7 @@ from pipeline.quantize import Quantization, quantize
 from pipeline.record import Record, metadata, recorded_preprocessing, write_run_json
 from pipeline.report import write_report
 from pipeline.settings import (
+    CheckpointSettings,
     GenerateSettings,
     InputSettings,
     QuantizeSettings,
@@ -95,6 +97,7 @@ class QuantizeJob:
     generation: GenerateSettings
     quantization: QuantizeSettings
     verification: VerifySettings
+    checkpoints: CheckpointSettings = field(default_factory=CheckpointSettings)
     images: Path | None = None
     data: Path | None = None
     bn_from: Path | None = None
@@ -212,6 +215,7 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
         write_report(work, report, pictures)
         write_run_json(work / "run.json", report)
         folder = _publish(work, written, job.output)
+        remove_checkpoints(job.output)
     return Result(output=job.output, folder=folder, report=report, proof=proof)
 
 
@@ -395,6 +399,9 @@ def _calibration_images(
             preprocessing=preprocessing,
             quantizer=quantizer_of(model, job.quantization, seed=job.generation.seed),
             on_step=lambda done, total, terms: progress("generate", done, total, terms),
+            checkpoints=job.checkpoints,
+            output=job.output,
+            purpose=asdict(job.quantization) if job.generation.method == "sadag" else None,
         )
         return generated.images, preprocessing, generated
     if job.data is not None:

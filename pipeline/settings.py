@@ -17,6 +17,7 @@ from graph_tools.errors import SettingsError
 from graph_tools.fixed_inputs import read_input
 
 __all__ = [
+    "CheckpointSettings",
     "GenerateSettings",
     "InputSettings",
     "QuantizeSettings",
@@ -150,6 +151,22 @@ class GenerateSettings:
         ):
             value = getattr(self, field)
             _require(value is None or 0 <= value < math.inf, field, value, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """What survives when the making of images is cut short."""
+
+    checkpoint_every: int = 0
+    """Iterations between checkpoints, which lie beside the output and are removed at the end; 0:
+    about one a minute, none in shorter runs."""
+    resume: bool = False
+    """Go on from the checkpoint beside the output, if there is one, to the same bytes as without
+    interruption. Model, settings and versions must be those of then."""
+
+    def __post_init__(self) -> None:
+        every = self.checkpoint_every
+        _require(every >= 0, "checkpoint_every", every, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

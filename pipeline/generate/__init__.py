@@ -11,9 +11,10 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ from graph_tools.batchnorm import (
 from graph_tools.errors import NoBatchNormError
 from graph_tools.model import Model
 from pipeline.generate.allocator import reused_memory
+from pipeline.generate.checkpoints import remove_checkpoints
 from pipeline.generate.defaults import (
     default_batch_size,
     default_iterations,
@@ -34,6 +36,7 @@ from pipeline.generate.defaults import (
 from pipeline.generate.heads import find_heads
 from pipeline.generate.input_range import guess_preprocessing
 from pipeline.generate.job import Job, Made
+from pipeline.generate.keeping import identity_of, keeping, with_smaller_batches
 from pipeline.generate.loop import LossRecord, OnStep
 from pipeline.generate.methods import METHODS, NEEDS_BATCH_NORM
 from pipeline.generate.network import torch_device
@@ -44,7 +47,7 @@ from pipeline.generate.statistics import StatisticsMatch
 from pipeline.generate.store import temporary_folder
 from pipeline.images import ImageSet, ImageWriter, open_images
 from pipeline.preprocessing import Preprocessing
-from pipeline.settings import GenerateSettings
+from pipeline.settings import CheckpointSettings, GenerateSettings
 
 __all__ = [
     "Generated",
@@ -58,6 +61,7 @@ __all__ = [
     "default_learning_rate",
     "default_num_images",
     "generate",
+    "remove_checkpoints",
 ]
 
 logger = logging.getLogger(__name__)
@@ -109,11 +113,15 @@ def generate(
     preprocessing: Preprocessing | None = None,
     quantizer: Quantizer | None = None,
     on_step: OnStep | None = None,
+    checkpoints: CheckpointSettings | None = None,
+    output: Path | None = None,
+    purpose: Mapping[str, Any] | None = None,
 ) -> Generated:
     """Make images for a network and write them to ``path``.
 
     The memory needed does not depend on their number; canvases and optimizer state are kept in
-    a temporary folder beside ``path``.
+    a temporary folder. Where a batch does not fit into memory, all starts anew with batches of half
+    the size.
 
     Args:
         model: the network.
@@ -122,6 +130,10 @@ def generate(
         preprocessing: how pixels become the model's input; guessed if None.
         quantizer: quantizes the network; for method sadag.
         on_step: called as (done, total, loss terms).
+        checkpoints: when to write them, and whether to go on from one.
+        output: what the images are made for: checkpoints and temporary files lie beside it, and
+            checkpoints are left for `remove_checkpoints`; by default ``path``, and none is left.
+        purpose: settings of the quantizer, which a checkpoint must agree with, too.
 
     Returns:
         The images, in the model's own layout and normalization, and the record of the run.
@@ -130,11 +142,13 @@ def generate(
         NoBatchNormError: the method matches BatchNormalization, and the network has none.
         GenerationError: the loss or an observed tensor is not finite.
         DataError: ``path`` cannot be written.
-        SettingsError: the device does not exist, ``preprocessing`` is for other channels, or the
-            method is for classifiers, and the network is none.
+        SettingsError: the device does not exist, ``preprocessing`` is for other channels, the
+            method is for classifiers, and the network is none, or the checkpoint is of another run.
+        Interrupted: SIGINT or SIGTERM; there is a checkpoint.
     """
     start = time.perf_counter()
     count = settings.num_images or default_num_images(model.input.height, model.input.width)
+    given = settings
     settings = replace(settings, num_images=math.ceil(count * settings.oversample))
     sites = find_batch_norms(model)
     method = settings.method
@@ -152,16 +166,35 @@ def generate(
     notes += _missing_statistics(model, bool(sites))
     if model.fixed_batch is not None and sites:
         notes.append(f"the model takes only {model.fixed_batch} image(s) at a time: slow")
-    job = Job(model, settings, sites, preprocessing, device, quantizer)
     with (
+        keeping(
+            output or path,
+            checkpoints or CheckpointSettings(),
+            identity_of(model, given, preprocessing, purpose),
+        ) as kept,
         _reproducible(device),
         _one_thread_if_tiny(model.input.height * model.input.width),
         reused_memory(),
     ):
-        with ImageWriter(path, count=count, shape=model.input.shape) as writer:
-            statistics, history = _make(job, method, writer, on_step, count)
+
+        def make(batch_size: int) -> Made:
+            job = Job(
+                model,
+                replace(settings, batch_size=batch_size),
+                sites,
+                preprocessing,
+                device,
+                quantizer,
+                kept,
+            )
+            with ImageWriter(path, count=count, shape=model.input.shape) as writer:
+                return _make(job, method, writer, on_step, count)
+
+        statistics, history = with_smaller_batches(make, settings, model.input, kept)
         images = open_images(path, shape=model.input.shape)
         quality = measure_quality(model, images, preprocessing, settings, statistics, history)
+        if output is None:
+            kept.clear()
     seconds = time.perf_counter() - start
     logger.info("%d images by %s in %.1f s", count, method, seconds)
     return Generated(
@@ -172,8 +205,8 @@ def generate(
         statistics=statistics,
         quality=quality,
         seconds=seconds,
-        notes=tuple(notes),
-        warnings=(*_warnings(method, bool(sites)), *quality.warnings),
+        notes=(*notes, *kept.notes),
+        warnings=(*kept.warnings, *_warnings(method, bool(sites)), *quality.warnings),
     )
 
 
@@ -184,7 +217,7 @@ def _make(
     more, shape = job.settings.num_images, job.model.input.shape
     if more == count:
         return METHODS[method](job, writer, on_step)
-    with temporary_folder(writer.path) as folder:
+    with temporary_folder(job.scratch(writer.path)) as folder:
         with ImageWriter(folder / "all.npz", count=more, shape=shape) as everything:
             statistics, history = METHODS[method](job, everything, on_step)
         made = open_images(everything.path, shape=shape)

@@ -18,7 +18,8 @@ were optimized. Nodes with large values drown others as published; ``site_balanc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,8 +30,10 @@ from graph_tools.batchnorm import BatchNormSite
 from graph_tools.errors import GenerationError, SettingsError
 from graph_tools.torch_graph import Entry
 from pipeline.generate.dgh import DghObjective
+from pipeline.generate.faults import first_non_finite
 from pipeline.generate.image_generator import CODE, ImageGenerator
 from pipeline.generate.job import Job, Made
+from pipeline.generate.latent_steps import LatentSteps, Terms
 from pipeline.generate.loop import LossRecord, OnStep
 from pipeline.generate.network import PIXELS, Network, pixel_site, standard_range
 from pipeline.generate.prior import clip_straight_through
@@ -47,6 +50,7 @@ __all__ = [
     "LatentRun",
     "Terms",
     "check_finite",
+    "counted",
     "history_of",
     "loss_terms",
     "make_genie",
@@ -67,27 +71,35 @@ _DECAY = 0.95
 _SLOWEST = 1e-4
 _EPSILON = 1e-6
 
-Terms = Mapping[str, float]
-"""The fields of a `LossRecord` but its iteration."""
-
 
 def make_genie(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
     """Make images by GENIE and write them."""
     run = LatentRun(job)
     before, after = run.targets.zero(), run.targets.zero()
-    rows: list[list[Terms]] = []
+    rows: list[Sequence[Terms]] = []
     steps = run.iterations * len(job.sizes)
+    told = counted(on_step, steps)
     for index, size in enumerate(job.sizes):
         latent = run.new(size)
         before = before + run.measure(latent)
-        rows.append([])
-        for terms in run.optimize(latent):
-            rows[-1].append(terms)
-            if on_step is not None:
-                on_step(index * run.iterations + len(rows[-1]), steps, terms)
+        stage = job.stage(f"batch {index + 1} of {len(job.sizes)}, step")
+        alone = len(job.sizes) == 1
+        rows.append(run.steps(latent).run(run.iterations, stage, told, alone=alone))
         after = after + run.measure(latent)
         writer.append(run.finished(latent))
     return run.targets.match(before, after), history_of(rows)
+
+
+def counted(on_step: OnStep | None, total: int) -> Callable[[Terms], None]:
+    """Return what tells ``on_step`` of one step after the other."""
+    numbers = itertools.count(1)
+
+    def told(terms: Terms) -> None:
+        done = next(numbers)
+        if on_step is not None:
+            on_step(done, total, terms)
+
+    return told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,11 +223,10 @@ class LatentRun:
             array: np.ndarray = self.network.model_input(latent.images()).cpu().numpy()
         return array
 
-    def optimize(self, latent: Latent) -> Iterator[Terms]:
-        """Optimize codes and weights, in place; yield the loss of each step.
+    def steps(self, latent: Latent) -> LatentSteps:
+        """Return the steps that optimize codes and weights, in place.
 
-        Raises:
-            GenerationError: the loss is not finite.
+        They raise GenerationError where the loss is not finite.
         """
         period = max(1, self.iterations // _PERIODS)
         rate = self.learning_rate
@@ -226,17 +237,27 @@ class LatentRun:
         )
         decay = torch.optim.lr_scheduler.StepLR(learns, step_size=period, gamma=_DECAY)
         entry = swing_entry(self._generator)
-        for _ in range(self.iterations):
+
+        def step() -> Terms:
             moves.zero_grad()
             learns.zero_grad()
-            loss = self.loss(observe_all(self.network, latent.images(), entry))
-            value = check_finite(loss)
+            values = observe_all(self.network, latent.images(), entry)
+            loss = self.loss(values)
+            value = check_finite(loss, values)
             loss.backward()  # type: ignore[no-untyped-call]
             moves.step()
             learns.step()
             plateau.step(value)
             decay.step()
-            yield loss_terms(value, learns.param_groups[0]["lr"])
+            return loss_terms(value, learns.param_groups[0]["lr"])
+
+        return LatentSteps(
+            latent,
+            step,
+            optimizers=(moves, learns),
+            schedules=(plateau, decay),
+            generator=self._generator,
+        )
 
 
 def observe_all(
@@ -250,16 +271,22 @@ def observe_all(
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def check_finite(loss: Tensor) -> float:
+def check_finite(loss: Tensor, values: Mapping[str, Tensor]) -> float:
     """Return a loss as a number.
 
+    Args:
+        loss: a scalar.
+        values: what it was computed from, by tensor name.
+
     Raises:
-        GenerationError: it is not finite.
+        GenerationError: it is not finite; names the first tensor that is not.
     """
     value = float(loss.detach())
     if not np.isfinite(value):
         raise GenerationError(
-            "the loss is not finite", hint="lower --learning-rate or check the weights"
+            "the loss is not finite",
+            where=first_non_finite(values),
+            hint="lower --learning-rate or check the weights",
         )
     return value
 

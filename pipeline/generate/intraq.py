@@ -94,6 +94,20 @@ class IntraqObjective(Objective):
         self._features[first : first + len(features)] = features
         self._seen[first : first + len(features)] = 1
 
+    def state(self) -> dict[str, Tensor]:
+        """Return the features last seen."""
+        if self._features is None or self._seen is None:
+            return {}
+        return {"features": self._features, "seen": self._seen}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        if state:
+            device = self.targets.center.device
+            self._features, self._seen = (
+                state[name].to(device) for name in ("features", "seen")
+            )
+
     def _class_means(self, labels: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Return each image's mean of the others of its class, and whether there are any."""
         assert self._features is not None

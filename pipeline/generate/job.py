@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from graph_tools.batchnorm import BatchNormSite
 from graph_tools.folded_taps import Tap, fold_taps
 from graph_tools.model import Model
+from pipeline.generate.checkpoints import Checkpoints, Stage
 from pipeline.generate.defaults import default_batch_size, default_iterations
 from pipeline.generate.loop import LossRecord, OnStep, OptimizeSettings, optimize
 from pipeline.generate.network import PIXELS, Network, standard_range
@@ -52,6 +54,11 @@ class Job:
         preprocessing: how pixels become the model's input.
         device: where to compute.
         quantizer: for methods that look at a quantized network.
+        checkpoints: of the run; None keeps none.
+
+    Attributes:
+        sizes: images in each batch.
+        generator: source of all randomness, on the CPU.
     """
 
     def __init__(
@@ -62,17 +69,30 @@ class Job:
         preprocessing: Preprocessing,
         device: torch.device,
         quantizer: Quantizer | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         entry = model.input
         self.model, self.settings, self.sites = model, settings, sites
         self.preprocessing, self.device = preprocessing, device
         self.quantizer = quantizer
+        self._checkpoints, self._stages = checkpoints, 0
         self.shape = (entry.channels, entry.height, entry.width)
         batch_size = settings.batch_size or default_batch_size(
             entry.height, entry.width, settings.device
         )
         self.sizes = batch_sizes(settings.num_images, batch_size)
         self.generator = torch.Generator().manual_seed(settings.seed)
+
+    def stage(self, unit: str = "iteration") -> Stage | None:
+        """Return where the next loop's checkpoints go; None where none are kept."""
+        self._stages += 1
+        if self._checkpoints is None:
+            return None
+        return self._checkpoints.stage(f"stage{self._stages:06d}", unit)
+
+    def scratch(self, path: Path) -> Path:
+        """Return beside which file temporary ones go while the file ``path`` is made."""
+        return path if self._checkpoints is None else self._checkpoints.work / path.name
 
     def gaussians(self) -> Iterator[Tensor]:
         """Yield batches of standard normal images, to measure what noise does."""
@@ -91,14 +111,15 @@ class Job:
         """Run the loop, write the images, and compare the statistics before and after."""
         targets = objective.targets
         with open_store(
-            writer.path,
+            self.scratch(writer.path),
             sizes=self.sizes,
             canvas_shape=prior.canvas_shape,
             num_statistics=len(targets.center),
             device=self.device,
         ) as store:
+            generator, stage = self.generator, self.stage()
             before, history = optimize(
-                store, network, prior, objective, how, self.generator, on_step
+                store, network, prior, objective, how, generator, on_step, stage
             )
             after = targets.zero()
             for index in range(len(self.sizes)):

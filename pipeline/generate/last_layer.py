@@ -11,7 +11,7 @@ which costs no backward pass at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -164,6 +164,25 @@ class Seen:
         self._pairs.features[rows] = pairs.features
         self._pairs.residuals[rows] = pairs.residuals
         self._filled[rows] = True
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all of it."""
+        if self._pairs is None:
+            return {}
+        pairs = self._pairs
+        return {
+            "features": pairs.features,
+            "residuals": pairs.residuals,
+            "filled": self._filled,
+        }
+
+    def load_state(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Go on from what `state` gave."""
+        if state:
+            self._pairs = Pairs(
+                *(state[name].to(device) for name in ("features", "residuals"))
+            )
+            self._filled = state["filled"]
 
     def others(self, first: int, count: int) -> Pairs | None:
         """Return those of all images but ``count`` from index ``first`` on."""

@@ -9,21 +9,26 @@ forward pass that its gradient came from: one forward and one backward pass a st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate, chain
 from typing import Literal
 
 import numpy as np
 import torch
 
+from graph_tools.errors import GenerationError
+from pipeline.generate.checkpoints import Stage
+from pipeline.generate.faults import first_non_finite
 from pipeline.generate.network import Network
 from pipeline.generate.objective import Objective
 from pipeline.generate.prior import ImagePrior
 from pipeline.generate.schedule import Plateau
+from pipeline.generate.snapshot import Snapshot, State
 from pipeline.generate.statistics import Sums
 from pipeline.generate.step import Step, measure_batch
-from pipeline.generate.store import Batch, BatchStore
+from pipeline.generate.store import Batch, BatchStore, part_name
 
 __all__ = ["LossRecord", "OnStep", "OptimizeSettings", "optimize"]
 
@@ -99,6 +104,7 @@ def optimize(
     settings: OptimizeSettings,
     generator: torch.Generator,
     on_step: OnStep | None = None,
+    stage: Stage | None = None,
 ) -> tuple[Sums, list[LossRecord]]:
     """Fill a store with optimized canvases.
 
@@ -110,55 +116,182 @@ def optimize(
         settings: how.
         generator: source of all randomness, on the CPU.
         on_step: called after each step of each batch.
+        stage: where checkpoints go, and where to go on from.
 
     Returns:
         The statistics of all images before the first step, and the loss of every iteration.
 
     Raises:
         GenerationError: the loss is not finite; names the first site that is not.
+        Interrupted: the end was asked for; there is a checkpoint.
+        DataError: no checkpoint can be written.
     """
-    group = _groups(len(store.sizes), settings.scope)
-    firsts = [0, *accumulate(store.sizes)]
-    totals = [objective.targets.zero() for _ in dict.fromkeys(group)]
-    for index, size in enumerate(store.sizes):
-        batch = store.create(index, prior.start(size, generator).to(network.device))
-        images = prior.render(batch.canvas.detach(), prior.center())
-        batch.set_sums(measure_batch(images, network, objective.targets))
-        totals[group[index]] = totals[group[index]] + batch.sums
-    before = totals[0]
-    for total in totals[1:]:
-        before = before + total
+    run = _Run(store, network, prior, objective, settings, generator)
+    found = stage.restore() if stage is not None else None
+    if found is None:
+        run.start()
+    else:
+        run.load(found)
+    while run.iteration < settings.iterations:
+        before = run.done
+        run.step(on_step)
+        if stage is not None:
+            stage.step(run.done, run.state, ahead=run.done - before)
+    if stage is not None:
+        stage.end(run.done, run.state)
+    return run.before, run.history
 
-    plateaus = [settings.plateau() for _ in store.sizes]
-    weight = settings.output_weight if objective.heads else 0.0
-    history: list[LossRecord] = []
-    steps = settings.iterations * len(store.sizes)
-    for iteration in range(settings.iterations):
-        order = torch.randperm(len(store.sizes), generator=generator).tolist()
-        rows = []
-        for position, index in enumerate(order):
-            batch = store.get(index)
-            view = prior.draw(generator, store.sizes[index])
-            others = totals[group[index]] - batch.sums
-            step = Step(batch, view, others, network, prior, objective, firsts[index])
-            if settings.output_weight is None and objective.heads:
-                due = position == 0 and iteration % _WEIGHT_INTERVAL == 0
-                if weight is None or due:
+
+class _Run:
+    """The loop between two steps; arguments as for `optimize`.
+
+    Attributes:
+        before: the statistics of all images before the first step.
+        history: the loss of every iteration that is over.
+        iteration: how many these are.
+    """
+
+    def __init__(
+        self,
+        store: BatchStore,
+        network: Network,
+        prior: ImagePrior,
+        objective: Objective,
+        settings: OptimizeSettings,
+        generator: torch.Generator,
+    ) -> None:
+        self._store, self._network, self._prior = store, network, prior
+        self._objective, self._settings, self._generator = objective, settings, generator
+        self._group = _groups(len(store.sizes), settings.scope)
+        self._firsts = [0, *accumulate(store.sizes)]
+        self._totals = [objective.targets.zero() for _ in dict.fromkeys(self._group)]
+        self._plateaus = [settings.plateau() for _ in store.sizes]
+        self._weight = settings.output_weight if objective.heads else 0.0
+        self._order: list[int] = []  # of the batches in this iteration
+        self._rows: list[dict[str, float]] = []  # of its steps so far
+        self.before = objective.targets.zero()
+        self.history: list[LossRecord] = []
+        self.iteration = 0
+
+    @property
+    def done(self) -> float:
+        """Iterations so far."""
+        return self.iteration + len(self._rows) / len(self._store.sizes)
+
+    def start(self) -> None:
+        """Draw all canvases and measure them."""
+        totals, group, prior = self._totals, self._group, self._prior
+        for index, size in enumerate(self._store.sizes):
+            canvas = prior.start(size, self._generator).to(self._network.device)
+            batch = self._store.create(index, canvas)
+            images = prior.render(batch.canvas.detach(), prior.center())
+            batch.set_sums(measure_batch(images, self._network, self._objective.targets))
+            totals[group[index]] = totals[group[index]] + batch.sums
+        self.before = totals[0]
+        for total in totals[1:]:
+            self.before = self.before + total
+
+    def step(self, on_step: OnStep | None) -> None:
+        """Move one batch, the next one in an order drawn anew for every iteration."""
+        count = len(self._store.sizes)
+        if not self._rows:
+            self._order = torch.randperm(count, generator=self._generator).tolist()
+        index = self._order[len(self._rows)]
+        self._rows.append(self._move(index))
+        if on_step is not None:
+            done, steps = len(self._rows), self._settings.iterations * count
+            on_step(self.iteration * count + done, steps, self._rows[-1])
+        if len(self._rows) == count:
+            rows, self._rows = self._rows, []
+            mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+            self.iteration += 1
+            self.history.append(LossRecord(iteration=self.iteration, **mean))
+
+    def _move(self, index: int) -> dict[str, float]:
+        """Move one batch; return its loss terms."""
+        settings, group = self._settings, self._group[index]
+        batch = self._store.get(index)
+        view = self._prior.draw(self._generator, self._store.sizes[index])
+        others = self._totals[group] - batch.sums
+        step = Step(
+            batch,
+            view,
+            others,
+            self._network,
+            self._prior,
+            self._objective,
+            self._firsts[index],
+        )
+        with _named_fault(step):
+            if settings.output_weight is None and self._objective.heads:
+                due = not self._rows and self.iteration % _WEIGHT_INTERVAL == 0
+                if self._weight is None or due:
                     measured = settings.output_ratio * step.gradient_ratio()
-                    weight = measured if weight is None else (weight + measured) / 2
-            assert weight is not None
-            own, terms = step.backward(weight)
-            _move(batch, settings.optimizer, plateaus[index].rate, iteration)
-            plateaus[index].step(terms["statistics"])
-            batch.set_sums(own)
-            totals[group[index]] = others + own
-            terms["learning_rate"] = plateaus[index].rate
-            rows.append(terms)
-            if on_step is not None:
-                on_step(iteration * len(order) + position + 1, steps, terms)
-        mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-        history.append(LossRecord(iteration=iteration + 1, **mean))
-    return before, history
+                    weight = self._weight
+                    self._weight = measured if weight is None else (weight + measured) / 2
+            assert self._weight is not None
+            own, terms = step.backward(self._weight)
+        plateau = self._plateaus[index]
+        _move(batch, settings.optimizer, plateau.rate, self.iteration)
+        plateau.step(terms["statistics"])
+        batch.set_sums(own)
+        self._totals[group] = others + own
+        terms["learning_rate"] = plateau.rate
+        return terms
+
+    def state(self) -> State:
+        """Return all that the steps to come depend on."""
+        totals = {
+            name: torch.stack([getattr(total, name) for total in self._totals])
+            for name in ("count", "first", "second")
+        }
+        before = {name: getattr(self.before, name) for name in totals}
+        facts = {
+            "iteration": self.iteration,
+            "order": self._order,
+            "rows": self._rows,
+            "history": [asdict(record) for record in self.history],
+            "plateaus": [plateau.state for plateau in self._plateaus],
+            "weight": self._weight,
+        }
+        parts = (
+            ("generator", {"state": self._generator.get_state()}),
+            ("totals", totals),
+            ("before", before),
+            ("objective", self._objective.state()),
+        )
+        return State(facts=facts, parts=chain(parts, self._store.parts()))
+
+    def load(self, found: Snapshot) -> None:
+        """Go on from what `state` gave."""
+        facts, device = found.facts, self._network.device
+        self.iteration, self._weight = facts["iteration"], facts["weight"]
+        self._order, self._rows = list(facts["order"]), list(facts["rows"])
+        self.history = [LossRecord(**record) for record in facts["history"]]
+        for plateau, state in zip(self._plateaus, facts["plateaus"], strict=True):
+            plateau.state = tuple(state)
+        self._generator.set_state(found.part("generator")["state"])
+        totals, before = found.part("totals"), found.part("before")
+        names = ("count", "first", "second")
+        self._totals = [
+            Sums(*(totals[name][place].to(device) for name in names))
+            for place in range(len(self._totals))
+        ]
+        self.before = Sums(*(before[name].to(device) for name in names))
+        self._objective.load_state(found.part("objective"))
+        for index in range(len(self._store.sizes)):
+            self._store.put(index, found.part(part_name(index)))
+
+
+@contextlib.contextmanager
+def _named_fault(step: Step) -> Iterator[None]:
+    """Name the first tensor that is not finite where the loss is all that is known not to be."""
+    try:
+        yield
+    except GenerationError as error:
+        if not error.where and step.values is not None:
+            error.where = first_non_finite(step.values)
+        raise
 
 
 def _groups(batches: int, scope: int) -> Sequence[int]:

@@ -58,6 +58,13 @@ class Objective:
         """Return the output loss, averaged over the images. Asked for only with ``heads``."""
         raise NotImplementedError
 
+    def state(self) -> dict[str, Tensor]:
+        """Return what was taken note of, for a checkpoint."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take note of what `state` gave, on the CPU, instead."""
+
     def remember(self, values: Mapping[str, Tensor], first: int) -> None:
         """Take note of images after a step: what later steps are to compare theirs with.
 

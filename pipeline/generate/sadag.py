@@ -19,7 +19,7 @@ The published neighbor step is 0 but for rounding: see `last_layer.neighbor`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,12 +29,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graph_tools.errors import DataError, SettingsError
+from pipeline.generate.checkpoints import Stage
 from pipeline.generate.dgh import DghObjective, dgh_parts, make_dgh
 from pipeline.generate.genie import (
     Latent,
     LatentRun,
-    Terms,
     check_finite,
+    counted,
     history_of,
     loss_terms,
     observe_all,
@@ -47,6 +48,7 @@ from pipeline.generate.last_layer import (
     matching_loss,
     neighbor,
 )
+from pipeline.generate.latent_steps import LatentSteps, Terms
 from pipeline.generate.loop import OnStep
 from pipeline.generate.network import PIXELS, Network
 from pipeline.generate.prior import Source, blur_kernel
@@ -93,6 +95,9 @@ class Agreement:
         matching: weight of L_GM; 0 saves the neighbors.
         diversity: weight of L_div.
         generator: of the neighbors, on the CPU.
+
+    Attributes:
+        seen: the images so far.
     """
 
     def __init__(
@@ -109,7 +114,7 @@ class Agreement:
         self._network, self._quantized, self._head = network, quantized, head
         self._matching, self._diversity = matching, diversity
         self._generator = generator
-        self._seen = Seen(count)
+        self.seen = Seen(count)
 
     def __call__(
         self,
@@ -137,9 +142,9 @@ class Agreement:
             )
             loss = self._matching * matching_loss(self._look(images_of(points + step)), own)
         if self._diversity:
-            others = self._seen.others(first, len(own.features))
+            others = self.seen.others(first, len(own.features))
             loss = loss + self._diversity * diversity_loss(own, others)
-            self._seen.put(first, own)
+            self.seen.put(first, own)
         return loss.double()
 
     def _look(self, images: Tensor) -> Pairs:
@@ -169,6 +174,14 @@ class SadagObjective(DghObjective):
         terms = self.agreement(images, lambda points: points, values, first)
         return terms / len(self.targets.sites)
 
+    def state(self) -> dict[str, Tensor]:
+        """Return the directions of all images."""
+        return self.agreement.seen.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        self.agreement.seen.load_state(state, self.targets.center.device)
+
 
 def _agreement(job: Job, network: Network, head: str, images: ImageSet) -> Agreement:
     assert job.quantizer is not None
@@ -188,24 +201,21 @@ def _generators(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
     head = last_linear(job.model).logits
     run = LatentRun(job, [head])
     steps = max(_FEWEST, run.iterations // _SHARE)
-    done, total = 0, (run.iterations + steps) * len(job.sizes)
+    told = counted(on_step, (run.iterations + steps) * len(job.sizes))
 
-    def told(terms: Terms) -> Terms:
-        nonlocal done
-        done += 1
-        if on_step is not None:
-            on_step(done, total, terms)
-        return terms
+    def stage(what: str, index: int) -> Stage | None:
+        return job.stage(f"{what} of batch {index + 1} of {len(job.sizes)}, step")
 
     before, after = run.targets.zero(), run.targets.zero()
     warm, refined = [], []
-    with temporary_folder(writer.path) as folder:
+    with temporary_folder(job.scratch(writer.path)) as folder:
         path = folder / "images.npz"
         with ImageWriter(path, count=sum(job.sizes), shape=job.model.input.shape) as first:
             for index, size in enumerate(job.sizes):
                 latent = run.new(size)
                 before = before + run.measure(latent)
-                warm.append([told(terms) for terms in run.optimize(latent)])
+                steps_of = run.steps(latent)
+                warm.append(steps_of.run(run.iterations, stage("making", index), told))
                 first.append(run.finished(latent))
                 _save(latent, folder / f"{index}.safetensors")
         images = open_images(path, shape=job.model.input.shape)
@@ -213,19 +223,23 @@ def _generators(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
         for index, size in enumerate(job.sizes):
             latent = _load(run.new(size), folder / f"{index}.safetensors")
             start = sum(job.sizes[:index])
-            refined.append(
-                [told(terms) for terms in _refine(run, latent, agreement, start, steps)]
-            )
+            steps_of = _refinement(run, latent, agreement, start, steps, job.generator)
+            refined.append(steps_of.run(steps, stage("refinement", index), told))
             after = after + run.measure(latent)
             writer.append(run.finished(latent))
     history = history_of(warm) + history_of(refined, run.iterations + 1)
     return run.targets.match(before, after), history
 
 
-def _refine(
-    run: LatentRun, latent: Latent, agreement: Agreement, first: int, steps: int
-) -> Iterator[Terms]:
-    """Refine a batch through its generator; yield the loss of each step."""
+def _refinement(
+    run: LatentRun,
+    latent: Latent,
+    agreement: Agreement,
+    first: int,
+    steps: int,
+    generator: torch.Generator,
+) -> LatentSteps:
+    """Return the steps that refine a batch through its generator."""
     rate = _WEIGHT_REACH / steps
     optimizer = torch.optim.Adam(
         [
@@ -233,19 +247,24 @@ def _refine(
             {"params": latent.weights, "lr": rate},
         ]
     )
-    for _ in range(steps):
+
+    def step() -> Terms:
         optimizer.zero_grad()
         values = observe_all(run.network, latent.images())
         loss = run.loss(values) + agreement(latent.codes, latent.images, values, first)
-        value = check_finite(loss)
+        value = check_finite(loss, values)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        yield loss_terms(value, rate)
+        return loss_terms(value, rate)
+
+    return LatentSteps(
+        latent, step, optimizers=(optimizer,), generator=generator, seen=agreement.seen
+    )
 
 
 def _pixels(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
     head = last_linear(job.model).logits
-    with temporary_folder(writer.path) as folder:
+    with temporary_folder(job.scratch(writer.path)) as folder:
         path = folder / "images.npz"
         with ImageWriter(path, count=sum(job.sizes), shape=job.model.input.shape) as first:
             before, warm = make_dgh(job, first, on_step)

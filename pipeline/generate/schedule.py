@@ -33,6 +33,15 @@ class Plateau:
     _best: float = math.inf
     _waited: int = 0
 
+    @property
+    def state(self) -> tuple[float, float, int]:
+        """What changes: the rate, the best loss, and the steps since."""
+        return self.rate, self._best, self._waited
+
+    @state.setter
+    def state(self, state: tuple[float, float, int]) -> None:
+        self.rate, self._best, self._waited = state
+
     def step(self, loss: float) -> None:
         """Take note of the loss of a step."""
         if loss < self._best - abs(self._best) * _THRESHOLD or self._best == math.inf:

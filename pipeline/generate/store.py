@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -19,7 +19,17 @@ from torch import Tensor
 from graph_tools.errors import DataError
 from pipeline.generate.statistics import Sums
 
-__all__ = ["Batch", "BatchStore", "batch_sizes", "open_store", "temporary_folder"]
+__all__ = [
+    "Batch",
+    "BatchStore",
+    "batch_sizes",
+    "open_store",
+    "part_name",
+    "temporary_folder",
+]
+
+_NAMES = ("canvas", "first_moment", "second_moment", "count", "first", "second")
+"""Of the tensors of a `Batch`."""
 
 
 def batch_sizes(num_images: int, batch_size: int) -> tuple[int, ...]:
@@ -115,6 +125,18 @@ class BatchStore:
             self._current = index
         return batch
 
+    def parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield each batch's tensors by name; they change with the next one."""
+        for index in range(len(self.sizes)):
+            yield part_name(index), dict(zip(_NAMES, self.get(index).tensors, strict=True))
+
+    def put(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Set a batch to what `parts` gave."""
+        self._put_away()
+        for name, tensor in zip(_NAMES, self._batches[self.sizes[index]].tensors, strict=True):
+            tensor.copy_(tensors[name])
+        self._current = index
+
     def _put_away(self) -> None:
         if self._current is None:
             return
@@ -134,6 +156,11 @@ class BatchStore:
                 where=str(path),
                 hint="free some space, or make fewer images",
             ) from error
+
+
+def part_name(index: int) -> str:
+    """Return the name of a batch in a checkpoint."""
+    return f"batch{index:06d}"
 
 
 @contextlib.contextmanager

@@ -1,0 +1,49 @@
+"""What can go wrong while images are made, in the user's words."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["OutOfMemoryError", "first_non_finite", "memory_guard"]
+
+
+class OutOfMemoryError(Exception):
+    """A batch is too large for the device."""
+
+
+@contextlib.contextmanager
+def memory_guard() -> Iterator[None]:
+    """Turn the errors of all allocators, of torch on any device, numpy and Python, into one.
+
+    Raises:
+        OutOfMemoryError: memory ran out in the block.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(str(error)) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(
+        words in str(error)
+        for words in ("DefaultCPUAllocator", "can't allocate memory", "out of memory")
+    )
+
+
+def first_non_finite(values: Mapping[str, Tensor]) -> str:
+    """Return the first of some tensors that is not finite, in words; empty if all are.
+
+    Args:
+        values: by name, in the order of the graph.
+    """
+    for name, value in values.items():
+        if not bool(torch.isfinite(value).all()):
+            return f"tensor '{name}'"
+    return ""
