@@ -108,6 +108,10 @@ class GenerateSettings:
     scope: int = 0
     """How many batches share the statistics that dgh matches: 0 for all of them (as published),
     1 for each batch by itself."""
+    refresh: int = 0
+    """Iterations between measurements of all images as they are shown next: with 1 each step takes
+    the exact gradient of the loss over all images, for half as much time again; 0: never, other
+    batches count as they were when they last moved (DGH's published code). Not genie and sadag."""
 
     sadag_form: Literal["generator", "pixels"] = "generator"
     """What sadag refines: genie's images through their generators, as published, or those of dgh
@@ -128,6 +132,7 @@ class GenerateSettings:
         rate = self.learning_rate
         _require(0 <= rate < math.inf, "learning_rate", rate, "0 or more")
         _require(self.scope >= 0, "scope", self.scope, "0 or more")
+        _require(self.refresh >= 0, "refresh", self.refresh, "0 or more")
         more = self.oversample
         _require(1 <= more < math.inf, "oversample", more, "1 or more")
         slack = self.slack

@@ -172,5 +172,6 @@ def dgh_parts(job: Job) -> tuple[DghObjective, OptimizeSettings]:
         output_weight=settings.output_weight,
         output_ratio=settings.output_ratio,
         scope=settings.scope,
+        refresh=settings.refresh,
     )
     return objective, how

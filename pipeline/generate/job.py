@@ -152,6 +152,7 @@ class Job:
             factor=0.1,
             forgets=False,
             scope=scope,
+            refresh=settings.refresh,
         )
 
     @functools.cached_property

@@ -4,7 +4,8 @@ Every step renders one batch (`prior`), runs the network, merges the batch's mom
 that the other batches of its scope last had, and moves the batch's canvases along the gradient
 (`step`). The scope is all batches in DGH, the batch alone in methods that match batch statistics.
 As in DGH's published code, and unlike its Algorithm 1, a batch's stored moments are those of the
-forward pass that its gradient came from: one forward and one backward pass a step.
+forward pass that its gradient came from: one forward and one backward pass a step. They are out of
+date by a step of their batch; `OptimizeSettings.refresh` says how often all are measured anew.
 """
 
 from __future__ import annotations
@@ -76,6 +77,9 @@ class OptimizeSettings:
         factor: by which it falls.
         forgets: whether the best loss is forgotten then, see `schedule`.
         scope: batches in a row whose statistics count together; 0 for all.
+        refresh: iterations between measurements of all batches as they are shown next. With 1
+            every gradient is that of the loss over all images at once, for one more forward
+            pass a step; 0 for never.
     """
 
     iterations: int
@@ -87,6 +91,7 @@ class OptimizeSettings:
     factor: float = 0.5
     forgets: bool = True
     scope: int = 0
+    refresh: int = 0
 
     def plateau(self) -> Plateau:
         """Return the learning rate of a batch."""
@@ -196,6 +201,9 @@ class _Run:
         count = len(self._store.sizes)
         if not self._rows:
             self._order = torch.randperm(count, generator=self._generator).tolist()
+            refresh = self._settings.refresh
+            if refresh and self.iteration % refresh == 0:
+                self._refresh()
         index = self._order[len(self._rows)]
         self._rows.append(self._move(index))
         if on_step is not None:
@@ -206,6 +214,24 @@ class _Run:
             mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
             self.iteration += 1
             self.history.append(LossRecord(iteration=self.iteration, **mean))
+
+    def _refresh(self) -> None:
+        """Measure all batches as the steps of this iteration will see them.
+
+        Until the iteration is over the totals then stay what they are: each step finds the very
+        moments that were measured here, and so follows the gradient of the loss over all images.
+        """
+        ahead = torch.Generator()
+        ahead.set_state(self._generator.get_state())
+        targets = self._objective.targets
+        self._totals = [targets.zero() for _ in self._totals]
+        for index in self._order:
+            batch = self._store.get(index)
+            view = self._prior.draw(ahead, self._store.sizes[index])
+            images = self._prior.render(batch.canvas.detach(), view)
+            batch.set_sums(measure_batch(images, self._network, targets))
+            group = self._group[index]
+            self._totals[group] = self._totals[group] + batch.sums
 
     def _move(self, index: int) -> dict[str, float]:
         """Move one batch; return its loss terms."""

@@ -1,14 +1,17 @@
-"""Canvases and optimizer state of every batch, in files, one batch in memory.
+"""Canvases and optimizer state of every batch: in memory if they are small, else in files.
 
-Plain reads and writes, so that the memory of a run does not depend on the number of images.
+Plain reads and writes of one batch at a time, so that beyond a bound the memory of a run does not
+depend on the number of images.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -23,6 +26,7 @@ __all__ = [
     "Batch",
     "BatchStore",
     "batch_sizes",
+    "memory_budget",
     "open_store",
     "part_name",
     "temporary_folder",
@@ -40,7 +44,7 @@ def batch_sizes(num_images: int, batch_size: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Batch:
-    """The batch in memory. Its tensors are reused for the next one.
+    """A batch in memory. Where others are in files, its tensors are reused for the next one.
 
     Args:
         canvas: [N, C, H, W] float32, a leaf that requires gradient.
@@ -83,7 +87,8 @@ class BatchStore:
         sizes: images in each batch.
         canvas_shape: [C, H, W] of a canvas.
         num_statistics: length of the vectors of `Sums`.
-        device: where the batch in memory lives.
+        device: where the batches in memory live.
+        in_memory: all batches, instead of one; by default if they fit `memory_budget`.
     """
 
     def __init__(
@@ -94,19 +99,28 @@ class BatchStore:
         canvas_shape: tuple[int, int, int],
         num_statistics: int,
         device: torch.device,
+        in_memory: bool | None = None,
     ) -> None:
         self.sizes = tuple(sizes)
         self._folder = folder
         self._current: int | None = None
-        self._batches = {
-            size: _new_batch(size, canvas_shape, num_statistics, device)
-            for size in dict.fromkeys(self.sizes)
-        }
+        if in_memory is None:
+            values = 3 * sum(self.sizes) * math.prod(canvas_shape)
+            in_memory = 4 * values <= memory_budget(device)
+        self._in_memory = in_memory
+        make = partial(
+            _new_batch,
+            canvas_shape=canvas_shape,
+            num_statistics=num_statistics,
+            device=device,
+        )
+        shared = {} if in_memory else {size: make(size) for size in dict.fromkeys(self.sizes)}
+        self._batches = [make(size) if in_memory else shared[size] for size in self.sizes]
 
     def create(self, index: int, canvas: Tensor) -> Batch:
         """Start a batch: this canvas, no optimizer state, no statistics."""
         self._put_away()
-        batch = self._batches[self.sizes[index]]
+        batch = self._batches[index]
         for tensor in batch.tensors:
             tensor.zero_()
         batch.canvas.detach().copy_(canvas)
@@ -115,8 +129,8 @@ class BatchStore:
 
     def get(self, index: int) -> Batch:
         """Bring a batch to memory; the one that was there is written back."""
-        batch = self._batches[self.sizes[index]]
-        if index != self._current:
+        batch = self._batches[index]
+        if index != self._current and not self._in_memory:
             self._put_away()
             with self._file(index, "rb") as file:
                 for tensor in batch.tensors:
@@ -133,15 +147,15 @@ class BatchStore:
     def put(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Set a batch to what `parts` gave."""
         self._put_away()
-        for name, tensor in zip(_NAMES, self._batches[self.sizes[index]].tensors, strict=True):
+        for name, tensor in zip(_NAMES, self._batches[index].tensors, strict=True):
             tensor.copy_(tensors[name])
         self._current = index
 
     def _put_away(self) -> None:
-        if self._current is None:
+        if self._current is None or self._in_memory:
             return
         with self._file(self._current, "wb") as file:
-            for tensor in self._batches[self.sizes[self._current]].tensors:
+            for tensor in self._batches[self._current].tensors:
                 tensor.cpu().numpy().tofile(file)
 
     @contextlib.contextmanager
@@ -156,6 +170,13 @@ class BatchStore:
                 where=str(path),
                 hint="free some space, or make fewer images",
             ) from error
+
+
+def memory_budget(device: torch.device) -> int:
+    """Return how many bytes of batches may stay in memory: 256 MiB, or half of a GPU's free."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 2
+    return 2**28
 
 
 def part_name(index: int) -> str:
@@ -192,8 +213,9 @@ def open_store(
     canvas_shape: tuple[int, int, int],
     num_statistics: int,
     device: torch.device,
+    in_memory: bool | None = None,
 ) -> Iterator[BatchStore]:
-    """Keep batches in a hidden folder beside the file ``beside``, removed at the end.
+    """Keep batches, if not in memory, in a hidden folder beside ``beside``, removed at the end.
 
     Raises:
         DataError: the folder cannot be made or written.
@@ -205,6 +227,7 @@ def open_store(
             canvas_shape=canvas_shape,
             num_statistics=num_statistics,
             device=device,
+            in_memory=in_memory,
         )
 
 

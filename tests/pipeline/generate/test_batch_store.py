@@ -21,13 +21,15 @@ def fill(store: BatchStore) -> list[tuple[torch.Tensor, ...]]:
     return kept
 
 
-def test_batches_come_back_bit_by_bit_in_any_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_batches_come_back_bit_by_bit_in_any_order(tmp_path: Path, in_memory: bool) -> None:
     with open_store(
         tmp_path / "images.npz",
         sizes=(4, 4, 4, 2),
         canvas_shape=(2, 3, 4),
         num_statistics=5,
         device=torch.device("cpu"),
+        in_memory=in_memory,
     ) as store:
         kept = fill(store)
         for index in (2, 2, 0, 3, 1, 0):
@@ -42,13 +44,15 @@ def test_batches_come_back_bit_by_bit_in_any_order(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_new_batch_has_no_optimizer_state(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_new_batch_has_no_optimizer_state(tmp_path: Path, in_memory: bool) -> None:
     with open_store(
         tmp_path / "x",
         sizes=(2, 2),
         canvas_shape=(1, 2, 2),
         num_statistics=1,
         device=torch.device("cpu"),
+        in_memory=in_memory,
     ) as store:
         first = store.create(0, torch.ones(2, 1, 2, 2))
         first.first_moment.fill_(3)

@@ -55,8 +55,11 @@ class Setup:
             std = (variance + 1e-6).sqrt() - (torch.from_numpy(site.variance) + 1e-6).sqrt()
             error = (mean - torch.from_numpy(site.mean)).square() + 10 * std.square()
             errors.append(error.mean() / (float(site.variance.mean()) + 1e-6) ** 0.5)
+        loss = torch.stack(errors).mean()
+        if not weight:
+            return loss
         own = {name: value[mine] for name, value in values.items()}
-        return torch.stack(errors).mean() + weight * self.objective.output(own)
+        return loss + weight * self.objective.output(own)
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 3])
@@ -252,6 +255,45 @@ def test_a_batch_alone_is_optimized_as_if_there_were_no_other(
             objective = kind(targets=Setup(small).targets)
             ends.append(run(small, tmp_path, (4, 4), 6, objective, scope=scope)[0])
         assert torch.equal(*ends) == alike
+
+
+@pytest.mark.parametrize(("refresh", "exact"), [(1, True), (0, False)])
+def test_refreshed_statistics_give_the_gradient_of_all_images_at_once(
+    small: Model, tmp_path: Path, refresh: int, exact: bool
+) -> None:
+    """After a first step Adam's running mean is a tenth of the gradient that it saw."""
+    setup, sizes = Setup(small), (4, 2, 3)
+    objective = DghObjective(targets=setup.targets)
+    settings = OptimizeSettings(
+        iterations=1, learning_rate=1e-9, optimizer="adam", refresh=refresh
+    )
+    with open_store(
+        tmp_path / "x",
+        sizes=sizes,
+        canvas_shape=setup.prior.canvas_shape,
+        num_statistics=len(setup.targets.center),
+        device=CPU,
+    ) as store:
+        generator = torch.Generator().manual_seed(0)
+        optimize(store, setup.network, setup.prior, objective, settings, generator)
+        found = [store.get(index).first_moment.clone() * 10 for index in range(len(sizes))]
+
+    generator = torch.Generator().manual_seed(0)
+    canvases = [setup.prior.start(size, generator).requires_grad_() for size in sizes]
+    order = torch.randperm(len(sizes), generator=generator).tolist()
+    images = {}
+    for index in order:
+        view = setup.prior.draw(generator, sizes[index])
+        images[index] = setup.prior.render(canvases[index], view)
+    everything = torch.cat([images[index] for index in range(len(sizes))])
+    setup.objective = objective
+    setup.full_loss(everything, slice(0), 0.0).backward()
+    close = []
+    for gradient, canvas in zip(found, canvases, strict=True):
+        assert canvas.grad is not None
+        scale = canvas.grad.abs().max().item()
+        close.append(torch.allclose(gradient, canvas.grad, rtol=1e-3, atol=1e-3 * scale))
+    assert all(close) == exact
 
 
 class Pull(Objective):
