@@ -14,7 +14,7 @@ from typing import Any
 from accuracy import CASES, SHARED, bits_of, model_path
 from cells import Cell
 from paper_sources import METHODS, images_of, named, parsed
-from paper_tables import draw, pivot
+from paper_tables import draw, pivot, save
 
 from pipeline.evaluate.classification import evaluate_classification
 from pipeline.evaluate.datasets import open_dataset
@@ -162,6 +162,66 @@ def plan_scope(args: argparse.Namespace) -> Plan:
     return _planned(args, rows)
 
 
+def plan_refresh(args: argparse.Namespace) -> Plan:
+    """Exact gradients over all images every so many iterations (0: never), against their cost."""
+
+    def rows() -> Rows:
+        for source, size, refresh in product(args.images, args.batch_sizes, args.refresh):
+            method, settings = parsed(source)
+            settings = {**settings, "batch_size": size, "refresh": refresh}
+            yield named(method, **settings), {"batch size": size, "refresh": refresh}
+
+    return _planned(args, rows)
+
+
+def _refresh_arguments(parser: argparse.ArgumentParser) -> None:
+    _arguments(["W4A8", "W4A4"], ["full"], ["brecq"], ["dgh"])(parser)
+    parser.add_argument("--refresh", nargs="+", type=int, default=[0, 1, 10])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[16, 64])
+
+
+def _refresh_tables(cells: dict[str, Cell]) -> str:
+    columns: dict[str, tuple[Callable[[Cell], float], int]] = {
+        "Top-1": (_top1, 2),
+        "Statistics that the images miss, in sigmas": (lambda c: c["statistics_error"], 4),
+        "CPU seconds to make the images": (lambda c: c["generation_cpu_seconds"], 0),
+    }
+    return "\n".join(
+        pivot(
+            cells,
+            title=f"{(plan_refresh.__doc__ or '').strip()} {title}",
+            tables=("network", "scheme", "rounding"),
+            row="batch size",
+            column="refresh",
+            value=value,
+            digits=digits,
+        )
+        for title, (value, digits) in columns.items()
+    )
+
+
+def _refresh_plot(cells: dict[str, Cell], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    _, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    ways = sorted({(c["at"]["batch size"], c["at"]["refresh"]) for c in cells.values()})
+    for size, refresh in ways:
+        found = [
+            c
+            for c in cells.values()
+            if (c["at"]["batch size"], c["at"]["refresh"]) == (size, refresh)
+        ]
+        label = f"batch {size}, every {refresh}" if refresh else f"batch {size}, never"
+        cost = [c["generation_cpu_seconds"] for c in found]
+        axes[0].plot(cost, [c["statistics_error"] for c in found], "o", label=label)
+        axes[1].plot(cost, [c["top1"] for c in found], "o", label=label)
+    for axis, name in zip(axes, ("missed, in sigmas", "top-1, %"), strict=True):
+        axis.set_xlabel("CPU seconds to make the images")
+        axis.set_ylabel(name)
+    axes[0].legend(fontsize=7)
+    save(path)
+
+
 def _scope_arguments(parser: argparse.ArgumentParser) -> None:
     _arguments(["W4A4"], ["full"], ["brecq"], ["dgh"])(parser)
     parser.add_argument("--scopes", nargs="+", type=int, default=[1, 2, 0], help="0: all")
@@ -299,6 +359,13 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
         column="scheme",
     ),
     "scope": _experiment(plan_scope, _scope_arguments, row="outputs", column="scope"),
+    "refresh": {
+        "arguments": _refresh_arguments,
+        "plan": plan_refresh,
+        "table": _refresh_tables,
+        "plot": _refresh_plot,
+        "describe": _described,
+    },
     "bits": _experiment(
         plan_bits,
         _arguments(

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import shutil
 import tempfile
+import time
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from accuracy import CASES, SHARED, Case, model_path, normal_noise
 
 from graph_tools.model import Model, load
 from pipeline.generate import generate
+from pipeline.generate.statistics import StatisticsMatch
 from pipeline.images import ImageSet, ImageWriter, open_images
 from pipeline.run import copy_dataset, quantizer_of
 from pipeline.settings import GenerateSettings, QuantizeSettings
@@ -98,6 +102,7 @@ def images_of(
             made = _data(method, case, model, network, work, count, seed)
         else:
             chosen = {"num_images": count, "seed": seed, **settings}
+            start = time.process_time()
             generated = generate(
                 model,
                 GenerateSettings(method=method, **chosen),  # type: ignore[arg-type]
@@ -108,6 +113,8 @@ def images_of(
             history = generated.history
             facts = {
                 "generation_seconds": generated.seconds,
+                "generation_cpu_seconds": time.process_time() - start,
+                "statistics_error": _error(generated.statistics),
                 "first_loss": history[0].statistics if history else None,
                 "last_loss": history[-1].statistics if history else None,
             }
@@ -118,6 +125,12 @@ def images_of(
         facts = json.loads(path.with_suffix(".json").read_text())
     images = open_images(path, shape=model.input.shape)
     return model, images, facts
+
+
+def _error(matches: Sequence[StatisticsMatch]) -> float | None:
+    """Root mean square over the nodes of what the written images miss, in sigmas."""
+    errors = [(row.mean_error_after**2 + row.std_error_after**2) for row in matches]
+    return math.sqrt(sum(errors) / len(errors)) if errors else None
 
 
 @functools.cache
