@@ -172,8 +172,8 @@ class QuantizedGraph:
         while node is not None and (self.moves_data(node) or node.op_type == "Clip"):
             if node.op_type == "Clip":
                 bounds = [self.constant(n) if n else None for n in [*node.input, "", ""][1:3]]
-                low = low if bounds[0] is None else max(low, int(bounds[0]))
-                high = high if bounds[1] is None else min(high, int(bounds[1]))
+                low = low if bounds[0] is None else max(low, int(bounds[0].item()))
+                high = high if bounds[1] is None else min(high, int(bounds[1].item()))
             node = self.producers.get(node.input[0])
         zero_point = (
             self.constant(dequantizer.input[2]) if len(dequantizer.input) > 2 else None

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from graph_tools.errors import ZsqError
+from graph_tools.quantized_checks import check_quantized
 from pipeline.environments import find_environment, how_to_get, missing_commands
 from pipeline.evaluate.sessions import open_session
 from pipeline.export import export
@@ -57,8 +58,9 @@ def verify_file(
     progress = on_progress or (lambda stage, done, total, terms: None)
     if targets:
         parse_targets(targets)  # a wrong name is said before anything runs
+    proto = read_file(path)
+    check_quantized(proto, where=str(path))
     with _images_for(path, images, settings.max_images, seed) as chosen:
-        proto = read_file(path)
         proof = verify(
             path,
             chosen,

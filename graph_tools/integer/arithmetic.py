@@ -207,6 +207,7 @@ def requantize(
         if float(np.max(wide)) >= _WIDE:
             raise IntegerOverflowError("a quotient leaves 64 bits")
         rounded = _round_quotient(numerator, value.divisor << down)
+    rounded = np.asarray(rounded)  # sums of a single number are none
     found: Integers = np.clip(rounded, low - zero_point, high - zero_point, out=rounded)
     return np.add(found, zero_point, out=found)
 

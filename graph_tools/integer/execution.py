@@ -145,7 +145,9 @@ class Execution:
         if len(values) == 1 and isinstance(value, Stored):
             if node.op_type == "Clip":
                 bounds = [self._parameters.constant(n) if n else None for n in node.input[1:]]
-                low, high = (None if b is None else int(b) for b in (*bounds, None, None)[:2])
+                low, high = (
+                    None if b is None else int(b.item()) for b in (*bounds, None, None)[:2]
+                )
                 return [Stored(np.clip(value.integers, low, high))]
             if (moves := self._moves(node)) is not None and node.op_type != "Pad":
                 return [Stored(move(value.integers)) for move in moves]

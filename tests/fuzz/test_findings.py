@@ -40,3 +40,63 @@ def test_a_dropout_whose_training_mode_is_no_scalar(make_model) -> None:
             r=np.float32(0.5),
             t=np.array([False, True]),
         )
+
+
+def _negative_batch(proto: onnx.ModelProto) -> None:
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -3
+
+
+def _endless_input(proto: onnx.ModelProto) -> None:
+    for dim in proto.graph.input[0].type.tensor_type.shape.dim[1:]:
+        dim.dim_value = 2**40
+
+
+def _no_outputs(proto: onnx.ModelProto) -> None:
+    proto.graph.node.append(onnx.helper.make_node("Relu", [proto.graph.input[0].name], []))
+
+
+def _empty_zero_point(proto: onnx.ModelProto) -> None:
+    node = next(node for node in proto.graph.node if node.op_type == "DequantizeLinear")
+    entry = next(t for t in proto.graph.initializer if t.name == node.input[2])
+    empty = np.zeros(0, onnx.numpy_helper.to_array(entry).dtype)
+    entry.CopyFrom(onnx.numpy_helper.from_array(empty, entry.name))
+
+
+def _two_zero_points(proto: onnx.ModelProto) -> None:
+    node = next(node for node in proto.graph.node if node.op_type == "QuantizeLinear")
+    entry = next(t for t in proto.graph.initializer if t.name == node.input[2])
+    twice = np.zeros(2, onnx.numpy_helper.to_array(entry).dtype)
+    entry.CopyFrom(onnx.numpy_helper.from_array(twice, entry.name))
+
+
+def _bounds_in_a_row(proto: onnx.ModelProto) -> None:
+    proto.graph.initializer.append(
+        onnx.numpy_helper.from_array(np.zeros(2, np.float32), "bounds")
+    )
+    first = proto.graph.input[0].name
+    proto.graph.node.append(onnx.helper.make_node("Clip", [first, "bounds"], ["clipped"]))
+
+
+def _another_operator(proto: onnx.ModelProto) -> None:
+    node = next(node for node in proto.graph.node if node.op_type == "QuantizeLinear")
+    node.op_type = "RegexFullMatch"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_another_operator, "is none that onnx knows"),
+        (_negative_batch, "has a dimension of -3"),
+        (_endless_input, "values"),
+        (_no_outputs, "output size 0"),
+        (_empty_zero_point, "a zero point without values"),
+        (_two_zero_points, "a zero point of shape"),
+        (_bounds_in_a_row, "a bound that is no single number"),
+    ],
+)
+def test_verify_of_parts_that_do_not_fit(tmp_path: Path, damage, message: str) -> None:
+    """Each was an internal error deep inside, or asked numpy for more than there is."""
+    proto = residual_network()
+    damage(proto)
+    with pytest.raises(ModelError, match=message):
+        proof_of(proto, tmp_path)
