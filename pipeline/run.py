@@ -31,6 +31,7 @@ from pipeline.generate import (
     Generated,
     OnStep,
     Quantizer,
+    checkpoint_folder,
     default_num_images,
     generate,
     remove_checkpoints,
@@ -48,6 +49,7 @@ from pipeline.settings import (
     QuantizeSettings,
     VerifySettings,
 )
+from pipeline.stopping import Interrupted
 from pipeline.target_profiles import load_profile
 from pipeline.target_rules import in_form, not_taken, settings_for, with_batch
 from pipeline.verify import verify
@@ -149,7 +151,7 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
     job = replace(job, quantization=settings_for(profile, job.quantization))
     progress = on_progress or (lambda stage, done, total, terms: None)
     clock = _Clock()
-    with _output_folder(job.output) as work:
+    with _resumable(job.output), _output_folder(job.output) as work:
         with clock("load"):
             model = load(
                 job.model,
@@ -453,6 +455,17 @@ class _Clock:
         yield
         self.seconds[stage] = round(time.perf_counter() - start, 3)
         logger.info("%s: %.1f s", stage, self.seconds[stage])
+
+
+@contextmanager
+def _resumable(output: Path) -> Iterator[None]:
+    """Say how to go on when the block is interrupted behind the making of images."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if isinstance(stop, Interrupted) or not checkpoint_folder(output).is_dir():
+            raise
+        raise Interrupted("checkpoints are kept; --resume goes on from the last one") from stop
 
 
 @contextmanager

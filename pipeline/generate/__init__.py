@@ -26,7 +26,7 @@ from graph_tools.batchnorm import (
 from graph_tools.errors import NoBatchNormError
 from graph_tools.model import Model
 from pipeline.generate.allocator import reused_memory
-from pipeline.generate.checkpoints import remove_checkpoints
+from pipeline.generate.checkpoints import checkpoint_folder, remove_checkpoints
 from pipeline.generate.defaults import (
     default_batch_size,
     default_iterations,
@@ -56,6 +56,7 @@ __all__ = [
     "Quality",
     "Quantizer",
     "StatisticsMatch",
+    "checkpoint_folder",
     "default_batch_size",
     "default_iterations",
     "default_learning_rate",

@@ -116,7 +116,7 @@ def with_smaller_batches(
                 checkpoints.stop = stop
                 return make(size)
         except OutOfMemoryError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error).strip().partition("\n")[0] or "no more is known"
         fits = min(size, settings.num_images)
         if fits == 1:
             raise ZsqError(

@@ -156,7 +156,7 @@ class BatchStore:
             return
         with self._file(self._current, "wb") as file:
             for tensor in self._batches[self._current].tensors:
-                tensor.cpu().numpy().tofile(file)
+                file.write(np.ascontiguousarray(tensor.cpu().numpy()).data)
 
     @contextlib.contextmanager
     def _file(self, index: int, mode: Literal["rb", "wb"]) -> Iterator[BinaryIO]:

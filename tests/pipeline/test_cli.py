@@ -165,6 +165,37 @@ def test_exposed_tensors_are_outputs(digits, capsys):
     assert [n.input[0] for n in norms] == [o.name for o in model.graph.output][1:]
 
 
+def test_an_interrupted_quantization_does_not_make_its_images_again(
+    digits, tmp_path, capsys, monkeypatch
+):
+    words = ["quantize", digits, "-o", tmp_path / "out.onnx", "--checkpoint-every", 2, *FAST]
+    assert run(capsys, *words)[0] == 0
+    images = (tmp_path / "out" / "images.npz").read_bytes()
+    written = (tmp_path / "out.onnx").read_bytes()
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out.onnx").unlink()
+    before = sorted(tmp_path.iterdir())
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.run.quantize", interrupted)
+        code, _, err = run(capsys, *words)
+    assert code == 130
+    assert "checkpoints are kept; --resume goes on" in err
+    kept = tmp_path / ".out.onnx.checkpoint"
+    assert sorted(tmp_path.iterdir()) == sorted([*before, kept])
+
+    monkeypatch.setattr("pipeline.generate.loop.Step", interrupted)
+    code, out, err = run(capsys, *words, "--resume", "--json")
+    assert code == 0, err
+    assert "went on from the checkpoint at iteration 3" in out
+    assert (tmp_path / "out" / "images.npz").read_bytes() == images
+    assert (tmp_path / "out.onnx").read_bytes() == written
+    assert not kept.exists()
+
+
 def test_images_and_data_replace_generation(digits, tmp_path, capsys):
     pictures = tmp_path / "pictures" / "one"
     pictures.mkdir(parents=True)

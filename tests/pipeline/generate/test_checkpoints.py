@@ -26,6 +26,8 @@ from pipeline.run import quantizer_of
 from pipeline.settings import CheckpointSettings, GenerateSettings, QuantizeSettings
 
 HALF = Preprocessing(mean=(0.5,), std=(0.5,))
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 NEAREST = QuantizeSettings(weights=4, activations=4)
 
 
@@ -38,7 +40,7 @@ class Run:
 
     def __init__(self, model: Model, folder: Path, **options: Any) -> None:
         self.model, self.path = model, folder / "images.npz"
-        small = {"num_images": 10, "batch_size": 4, "iterations": 6, "learning_rate": 0.5}
+        small = {"num_images": 10, "batch_size": 4, "iterations": 6, "start": "noise"}
         self.settings = GenerateSettings(**{**small, **options})
         self.steps: list[int] = []
 
@@ -77,8 +79,8 @@ class Run:
 
 
 METHODS = [
-    {"method": "dgh"},
-    {"method": "dgh", "scope": 1, "slack": 0.9, "crop_scale": 0.5, "start": "noise"},
+    {"method": "dgh", "start": "natural"},
+    {"method": "dgh", "scope": 1, "slack": 0.9, "crop_scale": 0.5},
     {"method": "zeroq"},
     {"method": "dsg"},
     {"method": "intraq"},
