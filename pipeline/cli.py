@@ -28,6 +28,7 @@ from rich.text import Text
 from graph_tools.errors import SettingsError, ZsqError
 from pipeline.crash import run_guarded
 from pipeline.settings import (
+    DetectionSettings,
     GenerateSettings,
     InputSettings,
     QuantizeSettings,
@@ -182,6 +183,8 @@ class Quantize:
     .bin), .safetensors, or an .onnx of the same network that kept them."""
     evaluate: Path | None = None
     """Labelled images: the report then has the accuracy before and after."""
+    task: Literal["auto", "classification", "detection"] = "auto"
+    """What the model does; auto takes detection where --evaluate has boxes."""
     verify_images: int = 500
     """Most images that the proof runs on."""
     target: str = "onnxruntime"
@@ -192,6 +195,7 @@ class Quantize:
     64 of up to 147x147 pixels, fewer beyond."""
     quantization: QuantizeSettings = field(default_factory=QuantizeSettings)
     generation: GenerateSettings = field(default_factory=GenerateSettings)
+    detection: DetectionSettings = field(default_factory=DetectionSettings)
     input: InputSettings = field(default_factory=InputSettings)
     common: CommonSettings = field(default_factory=CommonSettings)
 
@@ -207,6 +211,8 @@ class Quantize:
             data=self.data,
             bn_from=self.bn_from,
             evaluate_data=self.evaluate,
+            task=self.task,
+            detection=self.detection,
             input=self.input,
             generation=self.generation,
             quantization=self.quantization,
@@ -369,16 +375,19 @@ class Evaluate:
     models: tyro.conf.Positional[tuple[Path, ...]]
     """ONNX files, float or quantized."""
     data: Path
-    """Folder, zip or npz; classes by folder name or by labels.csv (file,label)."""
-    task: Literal["classification"] = "classification"
-    """What the models do."""
+    """Folder, zip or npz; classes by folder name or by labels.csv (file,label), boxes in YOLO's
+    or COCO's format."""
+    task: Literal["auto", "classification", "detection"] = "auto"
+    """What the models do; auto takes detection where the data have boxes."""
     limit: int = 0
     """Use only this many images, drawn at random; 0 uses all."""
+    detection: DetectionSettings = field(default_factory=DetectionSettings)
     input: InputSettings = field(default_factory=InputSettings)
     common: CommonSettings = field(default_factory=CommonSettings)
 
     def run(self) -> tuple[int, dict[str, Any]]:
         """Evaluate in the order given."""
+        from pipeline.evaluate.classification import Accuracy
         from pipeline.run import evaluate_files
 
         if not self.models:
@@ -388,33 +397,23 @@ class Evaluate:
                 self.models,
                 self.data,
                 self.input,
+                task=self.task,
+                detection=self.detection,
                 threads=self.common.threads,
                 limit=self.limit or None,
                 on_progress=progress,
             )
+        classes = isinstance(accuracies[0], Accuracy)
+        rows = [accuracy.to_dict() for accuracy in accuracies]
         facts = {
-            "task": self.task,
+            "task": "classification" if classes else "detection",
             "data": str(self.data),
             "preprocessing": preprocessing.to_dict(),
-            "models": [
-                {
-                    "model": a.model,
-                    "top1": a.top1,
-                    "top5": a.top5,
-                    "count": a.count,
-                    "seconds": a.seconds,
-                }
-                for a in accuracies
-            ],
+            "models": rows,
         }
         if not _silent(self.common):
             _stdout.print(f"normalization: {_words(preprocessing.to_dict())}")
-            table = Table("model", "top-1 %", "top-5 %", "images", "s")
-            for a in accuracies:
-                table.add_row(
-                    a.model, f"{a.top1:.2f}", _top5(a.top5), str(a.count), f"{a.seconds:.1f}"
-                )
-            _stdout.print(table)
+            _print_accuracies(rows)
         return 0, facts
 
 
@@ -600,8 +599,17 @@ def _words(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _top5(percent: float) -> str:
-    return "-" if percent != percent else f"{percent:.2f}"  # a class alone has no second best
+def _print_accuracies(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A column for each number that was measured: top-1 and top-5, or mAP."""
+    numbers = [name for name in rows[0] if name not in ("model", "count", "seconds")]
+    named = {"top1": "top-1", "top5": "top-5"}
+    table = Table("model", *(f"{named.get(name, name)} %" for name in numbers), "images", "s")
+    for row in rows:
+        percents = (row[name] for name in numbers)
+        # a class alone has no second best
+        shown = ["-" if percent != percent else f"{percent:.2f}" for percent in percents]
+        table.add_row(row["model"], *shown, str(row["count"]), f"{row['seconds']:.1f}")
+    _stdout.print(table)
 
 
 def _print_model(facts: Mapping[str, Any]) -> None:

@@ -8,9 +8,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,8 +24,9 @@ from graph_tools.quantizer import Plan
 from graph_tools.restore import Restoration, restore_batch_norms
 from graph_tools.saving import data_file
 from graph_tools.side_file import read_side_file
-from pipeline.evaluate.classification import Accuracy, evaluate_classification
 from pipeline.evaluate.datasets import open_dataset
+from pipeline.evaluate.placement import Resize
+from pipeline.evaluate.task import Evaluation, Measured, open_evaluation
 from pipeline.export import Exported, export
 from pipeline.generate import (
     Generated,
@@ -41,6 +42,7 @@ from pipeline.quantize import Quantization, quantize
 from pipeline.record import Record, metadata, recorded_preprocessing, write_run_json
 from pipeline.report import write_report
 from pipeline.settings import (
+    DetectionSettings,
     GenerateSettings,
     InputSettings,
     QuantizeSettings,
@@ -86,6 +88,8 @@ class QuantizeJob:
         bn_from: weights and statistics of the same network, for BatchNormalization that was
             folded away.
         evaluate_data: labelled images; the report then has the accuracy before and after.
+        task: what the network does; auto asks ``evaluate_data``.
+        detection: how a detector is evaluated.
         target: name of the compiler or chip that the file is for.
     """
 
@@ -99,6 +103,8 @@ class QuantizeJob:
     data: Path | None = None
     bn_from: Path | None = None
     evaluate_data: Path | None = None
+    task: Literal["auto", "classification", "detection"] = "auto"
+    detection: DetectionSettings = field(default_factory=DetectionSettings)
     threads: int = 0
     target: str = "onnxruntime"
 
@@ -144,6 +150,13 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
         raise SettingsError("the output is the input", where=str(job.output))
     profile = load_profile(job.target)
     job = replace(job, quantization=settings_for(profile, job.quantization))
+    evaluation = None
+    if job.evaluate_data is not None:
+        evaluation = open_evaluation(
+            job.evaluate_data, job.task, job.detection, job.input.resize
+        )
+    if job.input.resize is None and "detection" in (job.task, evaluation and evaluation.task):
+        job = replace(job, input=replace(job.input, resize="stretch"))
     progress = on_progress or (lambda stage, done, total, terms: None)
     clock = _Clock()
     with _output_folder(job.output) as work:
@@ -189,7 +202,7 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
                 on_step=lambda done, total, terms: progress("verify", done, total, terms),
             )
         with clock("evaluate"):
-            accuracies = _accuracies(job, model, written, preprocessing, progress)
+            accuracies = _accuracies(job, model, written, preprocessing, evaluation, progress)
         with clock("compare"):
             record = Record(
                 job=job,
@@ -249,13 +262,14 @@ def copy_dataset(
     *,
     count: int,
     seed: int,
+    resize: Resize = "crop",
 ) -> ImageSet:
     """Write ``count`` images of a folder or archive, drawn at random, as calibration images."""
     dataset = open_dataset(data)
     count = min(count, dataset.count)
     with ImageWriter(path, count=count, shape=model.input.shape) as writer:
         for images, _ in dataset.batches(
-            model.input, preprocessing, 64, limit=count, seed=seed
+            model.input, preprocessing, 64, limit=count, seed=seed, resize=resize
         ):
             writer.append(images)
     return open_images(path, shape=model.input.shape)
@@ -334,10 +348,12 @@ def evaluate_files(
     data: Path,
     settings: InputSettings,
     *,
+    task: Literal["auto", "classification", "detection"] = "auto",
+    detection: DetectionSettings | None = None,
     threads: int = 0,
     limit: int | None = None,
     on_progress: OnProgress | None = None,
-) -> tuple[tuple[Accuracy, ...], Preprocessing]:
+) -> tuple[tuple[Measured, ...], Preprocessing]:
     """Accuracy of models on labelled images.
 
     Args:
@@ -345,6 +361,8 @@ def evaluate_files(
         data: folder, zip or npz.
         settings: the normalization; if it is not given, that in a quantized file's metadata is
             taken, else it is guessed from the first model.
+        task: what the models do; auto asks the data.
+        detection: how a detector's outputs become boxes.
         threads: onnxruntime threads.
         limit: use only this many images, drawn at random.
         on_progress: called as (stage, done, total, terms).
@@ -353,7 +371,7 @@ def evaluate_files(
         One accuracy a model, and the normalization used.
     """
     progress = on_progress or (lambda stage, done, total, terms: None)
-    dataset = open_dataset(data)
+    evaluation = open_evaluation(data, task, detection, settings.resize)
     preprocessing = given_preprocessing(settings)
     model_input = None
     if preprocessing is None:
@@ -367,9 +385,8 @@ def evaluate_files(
         )
         model_input = model.input
         preprocessing = preprocessing or preprocessing_of(model, settings)
-    accuracies = evaluate_classification(
+    accuracies = evaluation.run(
         models,
-        dataset,
         preprocessing,
         threads=threads,
         limit=limit,
@@ -406,6 +423,7 @@ def _calibration_images(
             count=job.generation.num_images
             or default_num_images(model.input.height, model.input.width),
             seed=job.generation.seed,
+            resize=job.input.resize or "crop",
         )
         return images, preprocessing, None
     assert job.images is not None
@@ -419,13 +437,13 @@ def _accuracies(
     model: Model,
     written: Path,
     preprocessing: Preprocessing,
+    evaluation: Evaluation | None,
     progress: OnProgress,
-) -> tuple[Accuracy, ...]:
-    if job.evaluate_data is None:
+) -> tuple[Measured, ...]:
+    if evaluation is None:
         return ()
-    return evaluate_classification(
+    return evaluation.run(
         [job.model, written],
-        open_dataset(job.evaluate_data),
         preprocessing,
         threads=job.threads,
         model_input=model.input,

@@ -17,6 +17,7 @@ from graph_tools.errors import SettingsError
 from graph_tools.fixed_inputs import read_input
 
 __all__ = [
+    "DetectionSettings",
     "GenerateSettings",
     "InputSettings",
     "QuantizeSettings",
@@ -363,6 +364,25 @@ class VerifySettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DetectionSettings:
+    """How a detector's outputs become boxes."""
+
+    decoder: str = ""
+    """From outputs to boxes: yolo-fastest-v2, ssd, boxes, or a function of your own as
+    path/to/file.py:function."""
+    min_score: float = 0.001
+    """Detections with a lower score do not count."""
+    nms_overlap: float = 0.5
+    """Of two boxes of a class whose intersection is more than this share of their union, the one
+    with the lower score is dropped."""
+
+    def __post_init__(self) -> None:
+        for field in ("min_score", "nms_overlap"):
+            value = getattr(self, field)
+            _require(0 <= value <= 1, field, value, "in 0..1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class InputSettings:
     """What the network's input means."""
 
@@ -377,6 +397,10 @@ class InputSettings:
     """Standard deviation that it divides by, likewise."""
     channels: Literal["rgb", "bgr"] | None = None
     """Channel order that the network expects; rgb with --mean, else guessed like the rest."""
+    resize: Literal["crop", "stretch", "letterbox"] | None = None
+    """How real pictures of another size are laid on the input. crop: scaled until they cover it,
+    then cropped at the center (the default); stretch: both sides scaled to fit (the default for
+    detection); letterbox: scaled until they fit, with gray bars."""
 
     input: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=FILE.npy: fixes an input that is not the image to an array; may be repeated. One row
