@@ -134,7 +134,7 @@ class Generate:
 
         from pipeline.generate import generate
         from pipeline.record import describe_generation, describe_restoration
-        from pipeline.run import preprocessing_of, quantizer_of, restored_from
+        from pipeline.run import doubts_of, preprocessing_of, quantizer_of, restored_from
 
         _check_output(self.output, ".npz")
         if self.common.threads:
@@ -156,6 +156,7 @@ class Generate:
         facts = describe_generation(generated, self.generation, model)
         facts["output"] = str(self.output)
         facts["preprocessing"] = generated.preprocessing.to_dict()
+        facts["warnings"] += doubts_of(model, preprocessing, seed=self.generation.seed)
         if restoration is not None and self.bn_from is not None:
             facts["restoration"] = describe_restoration(restoration, self.bn_from)
         _warn(self.common, facts["warnings"])
@@ -412,7 +413,7 @@ class Evaluate:
             "models": rows,
         }
         if not _silent(self.common):
-            _stdout.print(f"normalization: {_words(preprocessing.to_dict())}")
+            _stdout.print(f"normalization: {_words(preprocessing.to_dict())}", markup=False)
             _print_accuracies(rows)
         return 0, facts
 
@@ -660,6 +661,7 @@ def _print_result(report: Mapping[str, Any]) -> None:
     from pipeline.report.verdict import judge
 
     verdict = judge(report)
+    _stdout.print(f"normalization: {_words(report['preprocessing'])}", markup=False)
     _stdout.print(verdict.lead, markup=False)
     for clause in verdict.clauses:
         _stdout.print(f"  {clause}", markup=False)

@@ -191,6 +191,7 @@ class Record:
     proof: Proof
     accuracies: tuple[Measured, ...]
     target_warnings: tuple[str, ...] = ()
+    input_warnings: tuple[str, ...] = ()
     restoration: Restoration | None = None
 
     def to_dict(self, times: Mapping[str, float]) -> dict[str, Any]:
@@ -312,6 +313,7 @@ class Record:
 
     def _warnings(self, report: Mapping[str, Any]) -> list[str]:
         warnings = list(self.generated.warnings) if self.generated is not None else []
+        warnings += self.input_warnings
         if self.preprocessing.source.startswith(("guessed", "assumed")):
             warnings.append(
                 f"normalization was {self.preprocessing.source}; give --mean and --std if wrong"

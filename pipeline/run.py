@@ -35,7 +35,7 @@ from pipeline.generate import (
     default_num_images,
     generate,
 )
-from pipeline.generate.input_range import guess_preprocessing
+from pipeline.generate.input_range import doubt, guess_preprocessing
 from pipeline.images import ImageSet, ImageWriter, open_images
 from pipeline.preprocessing import Preprocessing
 from pipeline.quantize import Quantization, quantize
@@ -60,6 +60,7 @@ __all__ = [
     "Result",
     "copy_dataset",
     "default_output",
+    "doubts_of",
     "evaluate_files",
     "export_file",
     "given_preprocessing",
@@ -219,6 +220,7 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
                 target_warnings=tuple(
                     not_taken(profile, network, tuple(quantization.plan.absorbed))
                 ),
+                input_warnings=doubts_of(model, preprocessing, seed=job.generation.seed),
             )
             report = record.to_dict(clock.seconds)
         pictures = preprocessing.invert(images.load(_GRID), model.input.layout)
@@ -242,10 +244,19 @@ def restored_from(
 
 def given_preprocessing(settings: InputSettings) -> Preprocessing | None:
     """The normalization that the user gave, or None."""
-    mean, std = settings.numbers("mean"), settings.numbers("std")
+    mean, std, ends = settings.numbers("mean"), settings.numbers("std"), settings.ends()
+    if ends is not None:
+        return Preprocessing.of_range(*ends, channels=settings.channels or "rgb")
     if not mean:
         return None
     return Preprocessing(mean=mean, std=std, channels=settings.channels or "rgb")
+
+
+def doubts_of(model: Model, preprocessing: Preprocessing, *, seed: int = 0) -> tuple[str, ...]:
+    """What in the network speaks against a normalization that the user gave."""
+    if preprocessing.source != "given":
+        return ()
+    return tuple(filter(None, [doubt(model, preprocessing, seed=seed)]))
 
 
 def preprocessing_of(model: Model, settings: InputSettings, *, seed: int = 0) -> Preprocessing:

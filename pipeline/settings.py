@@ -396,7 +396,11 @@ class InputSettings:
     std: tuple[str, ...] = ()
     """Standard deviation that it divides by, likewise."""
     channels: Literal["rgb", "bgr"] | None = None
-    """Channel order that the network expects; rgb with --mean, else guessed like the rest."""
+    """Channel order that the network expects; rgb with --mean or --range, else found like the
+    rest."""
+    range: str = ""
+    """LOW,HIGH: what black and white pixels are to the network, such as 0,255 or -1,1; instead of
+    --mean and --std."""
     resize: Literal["crop", "stretch", "letterbox"] | None = None
     """How real pictures of another size are laid on the input. crop: scaled until they cover it,
     then cropped at the center (the default); stretch: both sides scaled to fit (the default for
@@ -412,6 +416,13 @@ class InputSettings:
         )
         for field in ("mean", "std"):
             self.numbers(field)
+        if self.range and self.mean:
+            raise SettingsError(
+                "--mean and --std say the same otherwise",
+                where="--range",
+                hint="give one of them",
+            )
+        self.ends()
         self.shape()
 
     def shape(self) -> tuple[int, ...] | None:
@@ -429,6 +440,22 @@ class InputSettings:
             "four positive integers, such as 1,3,224,224",
         )
         return shape
+
+    def ends(self) -> tuple[float, float] | None:
+        """``range`` as numbers, None if it was not given.
+
+        Raises:
+            SettingsError: not two numbers, the first one less.
+        """
+        if not self.range:
+            return None
+        try:
+            low, high = (float(word) for word in self.range.replace(",", " ").split())
+        except ValueError:
+            low = high = math.nan
+        good = math.isfinite(low) and math.isfinite(high) and low < high
+        _require(good, "range", self.range, "two numbers, the first one less, such as 0,255")
+        return low, high
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays of ``input`` by name, read from their files.

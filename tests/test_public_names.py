@@ -49,6 +49,7 @@ SURFACE = {  # what users import; a change here is a change of the public interf
     "pipeline.quantize": {"Quantization", "quantize"},
     "pipeline.verify": {"Proof", "Saturation", "TensorProof", "verify"},
     "pipeline.settings": {
+        "DetectionSettings",
         "GenerateSettings",
         "InputSettings",
         "QuantizeSettings",

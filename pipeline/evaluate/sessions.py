@@ -22,7 +22,9 @@ from graph_tools.saving import loadable
 
 __all__ = ["Session", "open_session"]
 
-_DTYPES: dict[str, type[np.floating[Any]]] = {
+_Number = np.floating[Any] | np.uint8
+_DTYPES: dict[str, type[_Number]] = {
+    "tensor(uint8)": np.uint8,
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(double)": np.float64,
@@ -50,7 +52,7 @@ class Session:
     input: ImageInput
     batch_size: int
     _session: onnxruntime.InferenceSession = field(repr=False)
-    _dtype: type[np.floating[Any]] = field(repr=False)
+    _dtype: type[_Number] = field(repr=False)
 
     def scores(self, images: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
         """Return the first output for each image, flattened: [N, K].
@@ -99,6 +101,8 @@ class Session:
         if len(images) < size:  # the last images of a file with a fixed batch
             more = np.repeat(images[-1:], size - len(images), axis=0)
             images = np.concatenate([images, more])
+        if self._dtype is np.uint8:  # pixels, whole numbers but for rounding errors
+            images = np.clip(np.rint(images), 0, 255)
         feed = {self.input.name: images.astype(self._dtype)}
         try:
             outputs = self._session.run(names, feed)
@@ -161,7 +165,7 @@ def open_session(
         raise ModelError(f"it has {len(inputs)} inputs, not one", where=str(path))
     if inputs[0].type not in _DTYPES:
         raise ModelError(
-            f"its input, {inputs[0].name}, is {inputs[0].type}, not floating point",
+            f"its input, {inputs[0].name}, is {inputs[0].type}, not floating point or uint8",
             where=str(path),
         )
     if model_input is None:
@@ -200,7 +204,7 @@ def _open(
 def _baked_batch(
     session: onnxruntime.InferenceSession,
     model_input: ImageInput,
-    dtype: type[np.floating[Any]],
+    dtype: type[_Number],
 ) -> int | None:
     """Return the only batch size at which a file runs; None if it takes any, or fails at all."""
     quiet = onnxruntime.RunOptions()
