@@ -56,6 +56,8 @@ def read_coco(content: bytes, where: str) -> tuple[tuple[CocoPicture, ...], tupl
         for entry, place in _entries(data, "categories", where)
     )
     classes = {identifier: number for number, (identifier, _) in enumerate(categories)}
+    if len(classes) < len(categories):
+        raise DataError("has two categories of the same id", where=where)
     images: dict[int, tuple[str, tuple[int, int] | None]] = {}
     for entry, place in _entries(data, "images", where):
         identifier = _integer(entry, "id", place)

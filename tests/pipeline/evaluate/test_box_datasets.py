@@ -139,6 +139,7 @@ def test_yolo_labels_that_are_refused(tmp_path: Path, line: bytes, said: str):
         ({"images": 3}, "no list 'images'"),
         ({"images": []}, "no images or no categories"),
         ({"categories": []}, "no images or no categories"),
+        ({"categories": [{"id": 1}, {"id": 1}]}, "two categories of the same id"),
         ({"images": [3]}, r"images\[0\]: is not an object"),
         ({"images": [{"id": "7", "file_name": "a.png"}]}, "its id is '7', not an integer"),
         ({"images": [{"id": 7}]}, "has no file_name"),
