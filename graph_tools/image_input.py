@@ -33,12 +33,14 @@ class ImageInput:
         shape: of one image, in the model's own layout.
         layout: NCHW or NHWC.
         batch: the batch size that the file declares; None if it is dynamic.
+        integer: whether the file itself takes uint8, pixels in 0..255.
     """
 
     name: str
     shape: tuple[int, int, int]
     layout: Layout
     batch: int | None
+    integer: bool = False
 
     @property
     def channels(self) -> int:

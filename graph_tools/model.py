@@ -20,6 +20,7 @@ import onnx
 from graph_tools.errors import ModelError, UnsupportedOperatorError, ZsqError
 from graph_tools.fixed_inputs import fix_inputs
 from graph_tools.image_input import ImageInput, Layout
+from graph_tools.integer_input import float_input
 from graph_tools.integer_tail import find_integer_tail
 from graph_tools.limits import within_memory
 from graph_tools.normal_form import check_graph, normalize
@@ -95,6 +96,7 @@ def load(
     original, sha256 = read_proto(path)
     where = str(path)
     fixed = fix_inputs(original, inputs or {}, where=where)
+    integer = float_input(original)
     try:
         with within_memory(where):
             normal = normalize(original, where=where, input_shape=input_shape, layout=layout)
@@ -107,12 +109,17 @@ def load(
         ) from error
     model = Model(
         proto=normal.proto,
-        input=normal.input,
+        input=replace(normal.input, integer=bool(integer)),
         outputs=tuple(value.name for value in original.graph.output),
         fixed_batch=normal.fixed_batch,
         source=Path(path),
         sha256=sha256,
-        notes=(*fixed, *normal.notes, *_tail_notes(normal.proto)),
+        notes=(
+            *fixed,
+            *([integer] if integer else []),
+            *normal.notes,
+            *_tail_notes(normal.proto),
+        ),
     )
     logger.info("%s: %d nodes", where, len(model.proto.graph.node))
     return model

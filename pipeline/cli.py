@@ -29,6 +29,7 @@ from graph_tools.errors import SettingsError, ZsqError
 from pipeline.crash import run_guarded
 from pipeline.settings import (
     CheckpointSettings,
+    DetectionSettings,
     GenerateSettings,
     InputSettings,
     QuantizeSettings,
@@ -136,7 +137,7 @@ class Generate:
 
         from pipeline.generate import generate
         from pipeline.record import describe_generation, describe_restoration
-        from pipeline.run import preprocessing_of, quantizer_of, restored_from
+        from pipeline.run import doubts_of, preprocessing_of, quantizer_of, restored_from
 
         _check_output(self.output, ".npz")
         if self.common.threads:
@@ -159,6 +160,7 @@ class Generate:
         facts = describe_generation(generated, self.generation, model)
         facts["output"] = str(self.output)
         facts["preprocessing"] = generated.preprocessing.to_dict()
+        facts["warnings"] += doubts_of(model, preprocessing, seed=self.generation.seed)
         if restoration is not None and self.bn_from is not None:
             facts["restoration"] = describe_restoration(restoration, self.bn_from)
         _warn(self.common, facts["warnings"])
@@ -186,6 +188,8 @@ class Quantize:
     .bin), .safetensors, or an .onnx of the same network that kept them."""
     evaluate: Path | None = None
     """Labelled images: the report then has the accuracy before and after."""
+    task: Literal["auto", "classification", "detection"] = "auto"
+    """What the model does; auto takes detection where --evaluate has boxes."""
     verify_images: int = 500
     """Most images that the proof runs on."""
     target: str = "onnxruntime"
@@ -197,6 +201,7 @@ class Quantize:
     quantization: QuantizeSettings = field(default_factory=QuantizeSettings)
     generation: GenerateSettings = field(default_factory=GenerateSettings)
     checkpoints: CheckpointSettings = field(default_factory=CheckpointSettings)
+    detection: DetectionSettings = field(default_factory=DetectionSettings)
     input: InputSettings = field(default_factory=InputSettings)
     common: CommonSettings = field(default_factory=CommonSettings)
 
@@ -212,6 +217,8 @@ class Quantize:
             data=self.data,
             bn_from=self.bn_from,
             evaluate_data=self.evaluate,
+            task=self.task,
+            detection=self.detection,
             input=self.input,
             generation=self.generation,
             checkpoints=self.checkpoints,
@@ -375,16 +382,19 @@ class Evaluate:
     models: tyro.conf.Positional[tuple[Path, ...]]
     """ONNX files, float or quantized."""
     data: Path
-    """Folder, zip or npz; classes by folder name or by labels.csv (file,label)."""
-    task: Literal["classification"] = "classification"
-    """What the models do."""
+    """Folder, zip or npz; classes by folder name or by labels.csv (file,label), boxes in YOLO's
+    or COCO's format."""
+    task: Literal["auto", "classification", "detection"] = "auto"
+    """What the models do; auto takes detection where the data have boxes."""
     limit: int = 0
     """Use only this many images, drawn at random; 0 uses all."""
+    detection: DetectionSettings = field(default_factory=DetectionSettings)
     input: InputSettings = field(default_factory=InputSettings)
     common: CommonSettings = field(default_factory=CommonSettings)
 
     def run(self) -> tuple[int, dict[str, Any]]:
         """Evaluate in the order given."""
+        from pipeline.evaluate.classification import Accuracy
         from pipeline.run import evaluate_files
 
         if not self.models:
@@ -394,33 +404,23 @@ class Evaluate:
                 self.models,
                 self.data,
                 self.input,
+                task=self.task,
+                detection=self.detection,
                 threads=self.common.threads,
                 limit=self.limit or None,
                 on_progress=progress,
             )
+        classes = isinstance(accuracies[0], Accuracy)
+        rows = [accuracy.to_dict() for accuracy in accuracies]
         facts = {
-            "task": self.task,
+            "task": "classification" if classes else "detection",
             "data": str(self.data),
             "preprocessing": preprocessing.to_dict(),
-            "models": [
-                {
-                    "model": a.model,
-                    "top1": a.top1,
-                    "top5": a.top5,
-                    "count": a.count,
-                    "seconds": a.seconds,
-                }
-                for a in accuracies
-            ],
+            "models": rows,
         }
         if not _silent(self.common):
-            _stdout.print(f"normalization: {_words(preprocessing.to_dict())}")
-            table = Table("model", "top-1 %", "top-5 %", "images", "s")
-            for a in accuracies:
-                table.add_row(
-                    a.model, f"{a.top1:.2f}", _top5(a.top5), str(a.count), f"{a.seconds:.1f}"
-                )
-            _stdout.print(table)
+            _stdout.print(f"normalization: {_words(preprocessing.to_dict())}", markup=False)
+            _print_accuracies(rows)
         return 0, facts
 
 
@@ -607,8 +607,17 @@ def _words(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _top5(percent: float) -> str:
-    return "-" if percent != percent else f"{percent:.2f}"  # a class alone has no second best
+def _print_accuracies(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A column for each number that was measured: top-1 and top-5, or mAP."""
+    numbers = [name for name in rows[0] if name not in ("model", "count", "seconds")]
+    named = {"top1": "top-1", "top5": "top-5"}
+    table = Table("model", *(f"{named.get(name, name)} %" for name in numbers), "images", "s")
+    for row in rows:
+        percents = (row[name] for name in numbers)
+        # a class alone has no second best
+        shown = ["-" if percent != percent else f"{percent:.2f}" for percent in percents]
+        table.add_row(row["model"], *shown, str(row["count"]), f"{row['seconds']:.1f}")
+    _stdout.print(table)
 
 
 def _print_model(facts: Mapping[str, Any]) -> None:
@@ -659,6 +668,7 @@ def _print_result(report: Mapping[str, Any]) -> None:
     from pipeline.report.verdict import judge
 
     verdict = judge(report)
+    _stdout.print(f"normalization: {_words(report['preprocessing'])}", markup=False)
     _stdout.print(verdict.lead, markup=False)
     for clause in verdict.clauses:
         _stdout.print(f"  {clause}", markup=False)

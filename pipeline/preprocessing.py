@@ -51,7 +51,8 @@ class Preprocessing:
             or a single value for all channels.
         std: standard deviation of pixels in 0..1, likewise; positive.
         channels: channel order of a 3-channel input; ignored for other channel counts.
-        source: where the values come from: "given", "model metadata" or "guessed: ...".
+        source: where the values come from: "given", "model metadata", "read from the graph:
+            ...", "guessed: ..." or "assumed: ...".
 
     Raises:
         SettingsError: a value is not finite, a std is not positive, lengths disagree.
@@ -76,6 +77,22 @@ class Preprocessing:
             raise SettingsError(f"{self.channels!r} is not rgb or bgr", where="--channels")
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "std", std)
+
+    @classmethod
+    def of_range(
+        cls, low: float, high: float, *, channels: ChannelOrder = "rgb", source: str = "given"
+    ) -> Preprocessing:
+        """Return the normalization that takes pixels from ``low`` (black) to ``high`` (white).
+
+        Raises:
+            SettingsError: not two finite numbers, the first one less.
+        """
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise SettingsError(
+                f"{low:g},{high:g} are not two numbers, the first one less", where="--range"
+            )
+        span = high - low
+        return cls(mean=(-low / span,), std=(1 / span,), channels=channels, source=source)
 
     def valid_range(
         self, num_channels: int

@@ -21,7 +21,7 @@ from graph_tools.qdq import dequantized_name
 from graph_tools.quantizer import TensorQuantizer
 from graph_tools.reading import num_bytes, read_outline, read_proto
 from graph_tools.restore import Restoration
-from pipeline.evaluate.classification import Accuracy
+from pipeline.evaluate.task import Measured
 from pipeline.generate import Generated, default_batch_size
 from pipeline.images import ImageSet
 from pipeline.preprocessing import Preprocessing
@@ -189,8 +189,9 @@ class Record:
     generated: Generated | None
     quantization: Quantization
     proof: Proof
-    accuracies: tuple[Accuracy, ...]
+    accuracies: tuple[Measured, ...]
     target_warnings: tuple[str, ...] = ()
+    input_warnings: tuple[str, ...] = ()
     restoration: Restoration | None = None
 
     def to_dict(self, times: Mapping[str, float]) -> dict[str, Any]:
@@ -212,7 +213,7 @@ class Record:
             "generation": generation,
             "quantization": self._quantization(compared, times.get("quantize", 0.0)),
             "proof": self.proof.to_dict(),
-            "evaluation": [asdict(accuracy) for accuracy in self.accuracies] or None,
+            "evaluation": [accuracy.to_dict() for accuracy in self.accuracies] or None,
             "times": dict(times),
             "versions": versions(),
         }
@@ -312,6 +313,7 @@ class Record:
 
     def _warnings(self, report: Mapping[str, Any]) -> list[str]:
         warnings = list(self.generated.warnings) if self.generated is not None else []
+        warnings += self.input_warnings
         if self.preprocessing.source.startswith(("guessed", "assumed")):
             warnings.append(
                 f"normalization was {self.preprocessing.source}; give --mean and --std if wrong"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,8 +24,9 @@ from graph_tools.quantizer import Plan
 from graph_tools.restore import Restoration, restore_batch_norms
 from graph_tools.saving import data_file
 from graph_tools.side_file import read_side_file
-from pipeline.evaluate.classification import Accuracy, evaluate_classification
 from pipeline.evaluate.datasets import open_dataset
+from pipeline.evaluate.placement import Resize
+from pipeline.evaluate.task import Evaluation, Measured, open_evaluation
 from pipeline.export import Exported, export
 from pipeline.generate import (
     Generated,
@@ -36,7 +37,7 @@ from pipeline.generate import (
     generate,
     remove_checkpoints,
 )
-from pipeline.generate.input_range import guess_preprocessing
+from pipeline.generate.input_range import doubt, guess_preprocessing
 from pipeline.images import ImageSet, ImageWriter, open_images
 from pipeline.preprocessing import Preprocessing
 from pipeline.quantize import Quantization, quantize
@@ -44,6 +45,7 @@ from pipeline.record import Record, metadata, recorded_preprocessing, write_run_
 from pipeline.report import write_report
 from pipeline.settings import (
     CheckpointSettings,
+    DetectionSettings,
     GenerateSettings,
     InputSettings,
     QuantizeSettings,
@@ -62,6 +64,7 @@ __all__ = [
     "Result",
     "copy_dataset",
     "default_output",
+    "doubts_of",
     "evaluate_files",
     "export_file",
     "given_preprocessing",
@@ -90,6 +93,8 @@ class QuantizeJob:
         bn_from: weights and statistics of the same network, for BatchNormalization that was
             folded away.
         evaluate_data: labelled images; the report then has the accuracy before and after.
+        task: what the network does; auto asks ``evaluate_data``.
+        detection: how a detector is evaluated.
         target: name of the compiler or chip that the file is for.
     """
 
@@ -104,6 +109,8 @@ class QuantizeJob:
     data: Path | None = None
     bn_from: Path | None = None
     evaluate_data: Path | None = None
+    task: Literal["auto", "classification", "detection"] = "auto"
+    detection: DetectionSettings = field(default_factory=DetectionSettings)
     threads: int = 0
     target: str = "onnxruntime"
 
@@ -149,6 +156,13 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
         raise SettingsError("the output is the input", where=str(job.output))
     profile = load_profile(job.target)
     job = replace(job, quantization=settings_for(profile, job.quantization))
+    evaluation = None
+    if job.evaluate_data is not None:
+        evaluation = open_evaluation(
+            job.evaluate_data, job.task, job.detection, job.input.resize
+        )
+    if job.input.resize is None and "detection" in (job.task, evaluation and evaluation.task):
+        job = replace(job, input=replace(job.input, resize="stretch"))
     progress = on_progress or (lambda stage, done, total, terms: None)
     clock = _Clock()
     with _resumable(job.output), _output_folder(job.output) as work:
@@ -194,7 +208,7 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
                 on_step=lambda done, total, terms: progress("verify", done, total, terms),
             )
         with clock("evaluate"):
-            accuracies = _accuracies(job, model, written, preprocessing, progress)
+            accuracies = _accuracies(job, model, written, preprocessing, evaluation, progress)
         with clock("compare"):
             record = Record(
                 job=job,
@@ -211,6 +225,7 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
                 target_warnings=tuple(
                     not_taken(profile, network, tuple(quantization.plan.absorbed))
                 ),
+                input_warnings=doubts_of(model, preprocessing, seed=job.generation.seed),
             )
             report = record.to_dict(clock.seconds)
         pictures = preprocessing.invert(images.load(_GRID), model.input.layout)
@@ -235,10 +250,19 @@ def restored_from(
 
 def given_preprocessing(settings: InputSettings) -> Preprocessing | None:
     """The normalization that the user gave, or None."""
-    mean, std = settings.numbers("mean"), settings.numbers("std")
+    mean, std, ends = settings.numbers("mean"), settings.numbers("std"), settings.ends()
+    if ends is not None:
+        return Preprocessing.of_range(*ends, channels=settings.channels or "rgb")
     if not mean:
         return None
     return Preprocessing(mean=mean, std=std, channels=settings.channels or "rgb")
+
+
+def doubts_of(model: Model, preprocessing: Preprocessing, *, seed: int = 0) -> tuple[str, ...]:
+    """What in the network speaks against a normalization that the user gave."""
+    if preprocessing.source != "given":
+        return ()
+    return tuple(filter(None, [doubt(model, preprocessing, seed=seed)]))
 
 
 def preprocessing_of(model: Model, settings: InputSettings, *, seed: int = 0) -> Preprocessing:
@@ -255,13 +279,14 @@ def copy_dataset(
     *,
     count: int,
     seed: int,
+    resize: Resize = "crop",
 ) -> ImageSet:
     """Write ``count`` images of a folder or archive, drawn at random, as calibration images."""
     dataset = open_dataset(data)
     count = min(count, dataset.count)
     with ImageWriter(path, count=count, shape=model.input.shape) as writer:
         for images, _ in dataset.batches(
-            model.input, preprocessing, 64, limit=count, seed=seed
+            model.input, preprocessing, 64, limit=count, seed=seed, resize=resize
         ):
             writer.append(images)
     return open_images(path, shape=model.input.shape)
@@ -340,10 +365,12 @@ def evaluate_files(
     data: Path,
     settings: InputSettings,
     *,
+    task: Literal["auto", "classification", "detection"] = "auto",
+    detection: DetectionSettings | None = None,
     threads: int = 0,
     limit: int | None = None,
     on_progress: OnProgress | None = None,
-) -> tuple[tuple[Accuracy, ...], Preprocessing]:
+) -> tuple[tuple[Measured, ...], Preprocessing]:
     """Accuracy of models on labelled images.
 
     Args:
@@ -351,6 +378,8 @@ def evaluate_files(
         data: folder, zip or npz.
         settings: the normalization; if it is not given, that in a quantized file's metadata is
             taken, else it is guessed from the first model.
+        task: what the models do; auto asks the data.
+        detection: how a detector's outputs become boxes.
         threads: onnxruntime threads.
         limit: use only this many images, drawn at random.
         on_progress: called as (stage, done, total, terms).
@@ -359,7 +388,7 @@ def evaluate_files(
         One accuracy a model, and the normalization used.
     """
     progress = on_progress or (lambda stage, done, total, terms: None)
-    dataset = open_dataset(data)
+    evaluation = open_evaluation(data, task, detection, settings.resize)
     preprocessing = given_preprocessing(settings)
     model_input = None
     if preprocessing is None:
@@ -373,9 +402,8 @@ def evaluate_files(
         )
         model_input = model.input
         preprocessing = preprocessing or preprocessing_of(model, settings)
-    accuracies = evaluate_classification(
+    accuracies = evaluation.run(
         models,
-        dataset,
         preprocessing,
         threads=threads,
         limit=limit,
@@ -415,6 +443,7 @@ def _calibration_images(
             count=job.generation.num_images
             or default_num_images(model.input.height, model.input.width),
             seed=job.generation.seed,
+            resize=job.input.resize or "crop",
         )
         return images, preprocessing, None
     assert job.images is not None
@@ -428,13 +457,13 @@ def _accuracies(
     model: Model,
     written: Path,
     preprocessing: Preprocessing,
+    evaluation: Evaluation | None,
     progress: OnProgress,
-) -> tuple[Accuracy, ...]:
-    if job.evaluate_data is None:
+) -> tuple[Measured, ...]:
+    if evaluation is None:
         return ()
-    return evaluate_classification(
+    return evaluation.run(
         [job.model, written],
-        open_dataset(job.evaluate_data),
         preprocessing,
         threads=job.threads,
         model_input=model.input,

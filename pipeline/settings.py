@@ -18,6 +18,7 @@ from graph_tools.fixed_inputs import read_input
 
 __all__ = [
     "CheckpointSettings",
+    "DetectionSettings",
     "GenerateSettings",
     "InputSettings",
     "QuantizeSettings",
@@ -388,6 +389,25 @@ class VerifySettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DetectionSettings:
+    """How a detector's outputs become boxes."""
+
+    decoder: str = ""
+    """From outputs to boxes: yolo-fastest-v2, ssd, boxes, or a function of your own as
+    path/to/file.py:function."""
+    min_score: float = 0.001
+    """Detections with a lower score do not count."""
+    nms_overlap: float = 0.5
+    """Of two boxes of a class whose intersection is more than this share of their union, the one
+    with the lower score is dropped."""
+
+    def __post_init__(self) -> None:
+        for field in ("min_score", "nms_overlap"):
+            value = getattr(self, field)
+            _require(0 <= value <= 1, field, value, "in 0..1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class InputSettings:
     """What the network's input means."""
 
@@ -401,7 +421,15 @@ class InputSettings:
     std: tuple[str, ...] = ()
     """Standard deviation that it divides by, likewise."""
     channels: Literal["rgb", "bgr"] | None = None
-    """Channel order that the network expects; rgb with --mean, else guessed like the rest."""
+    """Channel order that the network expects; rgb with --mean or --range, else found like the
+    rest."""
+    range: str = ""
+    """LOW,HIGH: what black and white pixels are to the network, such as 0,255 or -1,1; instead of
+    --mean and --std."""
+    resize: Literal["crop", "stretch", "letterbox"] | None = None
+    """How real pictures of another size are laid on the input. crop: scaled until they cover it,
+    then cropped at the center (the default); stretch: both sides scaled to fit (the default for
+    detection); letterbox: scaled until they fit, with gray bars."""
 
     input: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=FILE.npy: fixes an input that is not the image to an array; may be repeated. One row
@@ -413,6 +441,13 @@ class InputSettings:
         )
         for field in ("mean", "std"):
             self.numbers(field)
+        if self.range and self.mean:
+            raise SettingsError(
+                "--mean and --std say the same otherwise",
+                where="--range",
+                hint="give one of them",
+            )
+        self.ends()
         self.shape()
 
     def shape(self) -> tuple[int, ...] | None:
@@ -430,6 +465,22 @@ class InputSettings:
             "four positive integers, such as 1,3,224,224",
         )
         return shape
+
+    def ends(self) -> tuple[float, float] | None:
+        """``range`` as numbers, None if it was not given.
+
+        Raises:
+            SettingsError: not two numbers, the first one less.
+        """
+        if not self.range:
+            return None
+        try:
+            low, high = (float(word) for word in self.range.replace(",", " ").split())
+        except ValueError:
+            low = high = math.nan
+        good = math.isfinite(low) and math.isfinite(high) and low < high
+        _require(good, "range", self.range, "two numbers, the first one less, such as 0,255")
+        return low, high
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays of ``input`` by name, read from their files.

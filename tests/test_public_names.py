@@ -50,6 +50,7 @@ SURFACE = {  # what users import; a change here is a change of the public interf
     "pipeline.verify": {"Proof", "Saturation", "TensorProof", "verify"},
     "pipeline.settings": {
         "CheckpointSettings",
+        "DetectionSettings",
         "GenerateSettings",
         "InputSettings",
         "QuantizeSettings",

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from graph_tools.errors import DataError
 from graph_tools.model import ImageInput
 from pipeline.evaluate.datasets import Dataset
+from pipeline.evaluate.placement import Resize
 from pipeline.evaluate.sessions import Session, open_session
 from pipeline.preprocessing import Preprocessing
 
@@ -61,6 +62,7 @@ def evaluate_classification(
     dataset: Dataset,
     preprocessing: Preprocessing,
     *,
+    resize: Resize = "crop",
     threads: int = 0,
     limit: int | None = None,
     model_input: ImageInput | None = None,
@@ -77,6 +79,7 @@ def evaluate_classification(
         models: ONNX files, float or quantized.
         dataset: images with labels.
         preprocessing: what the models expect.
+        resize: how pictures of another size are laid on the input.
         threads: threads of onnxruntime; 0 lets it choose.
         limit: take only this many images, drawn at random with a fixed seed.
         model_input: layout and size, for files that leave them open.
@@ -109,6 +112,7 @@ def evaluate_classification(
             max(tally.session.batch_size for tally in group),
             limit=count,
             seed=0 if count < dataset.count else None,
+            resize=resize,
         )
         for images, labels in batches:
             assert labels is not None

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from graph_tools.errors import DataError
 from pipeline.archives import check_member
-from pipeline.evaluate.files import Files, FolderFiles, ZipFiles
+from pipeline.evaluate.files import Files, open_files
 from pipeline.evaluate.pictures import SUFFIXES
+from pipeline.evaluate.placement import Resize
 from pipeline.evaluate.sources import ArraySource, ImageSource, PictureSource
 
 if TYPE_CHECKING:
@@ -69,18 +70,20 @@ class Dataset:
         *,
         limit: int | None = None,
         seed: int | None = None,
+        resize: Resize = "crop",
     ) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64] | None]]:
         """Read, decode and normalize the images, ``size`` at a time.
 
         Args:
-            model_input: layout and size to deliver; pictures of another size are scaled until
-                they cover it (bilinear, antialiased) and cropped at the center.
+            model_input: layout and size to deliver; pictures of another size are scaled
+                (bilinear, antialiased).
             preprocessing: normalization of pictures; floating-point arrays are taken as
                 normalized already.
             size: images a batch; the last batch may be smaller.
             limit: stop after this many images.
             seed: shuffle with this seed before the limit; without it, the data set's order,
                 which is class by class for class folders.
+            resize: how pictures of another size are laid on the input.
 
         Yields:
             ``images, labels``: [<= size, *model_input.shape] float32, [<= size] int64 or None.
@@ -96,7 +99,7 @@ class Dataset:
             order = np.random.default_rng(seed).permutation(order)
         if limit is not None:
             order = order[: max(0, limit)]
-        images = self.source.batches(order, size, model_input, preprocessing)
+        images = self.source.batches(order, size, model_input, preprocessing, resize)
         for start, batch in zip(range(0, len(order), size), images, strict=True):
             chosen = order[start : start + size]
             yield batch, None if self.labels is None else self.labels[chosen]
@@ -118,17 +121,9 @@ def open_dataset(path: str | os.PathLike[str]) -> Dataset:
         DataError: no such path, another format, no images, or labels that cannot be used.
     """
     path = Path(path)
+    files = open_files(path)
     if path.is_dir():
-        return _pictures(FolderFiles(path))
-    if not path.is_file():
-        raise DataError("there is no such file or folder", where=str(path))
-    if not zipfile.is_zipfile(path):
-        raise DataError(
-            "is not a folder, a zip archive or an .npz file",
-            where=str(path),
-            hint="give a folder or zip of class folders, or an .npz with images and labels",
-        )
-    files = ZipFiles(path)
+        return _pictures(files)
     names = files.names()
     holds_arrays = any(name.endswith(".npy") for name in names)
     if holds_arrays and not any(_is_picture(name) for name in names):

@@ -14,7 +14,7 @@ from typing import Protocol
 from graph_tools.errors import DataError
 from pipeline.archives import check_archive, check_member
 
-__all__ = ["Files", "FolderFiles", "Read", "ZipFiles", "is_hidden"]
+__all__ = ["Files", "FolderFiles", "Read", "ZipFiles", "is_hidden", "open_files"]
 
 Read = Callable[[str], bytes]
 # A picture of MAX_PIXELS that hardly compresses is about this large.
@@ -117,6 +117,25 @@ class ZipFiles:
         with archive:
             check_archive(archive, where=str(self.path))
             yield archive
+
+
+def open_files(path: Path) -> Files:
+    """Return the files of a folder or a zip archive.
+
+    Raises:
+        DataError: no such path, or neither of the two.
+    """
+    if path.is_dir():
+        return FolderFiles(path)
+    if not path.is_file():
+        raise DataError("there is no such file or folder", where=str(path))
+    if not zipfile.is_zipfile(path):
+        raise DataError(
+            "is not a folder, a zip archive or an .npz file",
+            where=str(path),
+            hint="give a folder or zip of class folders, or an .npz with images and labels",
+        )
+    return ZipFiles(path)
 
 
 def is_hidden(name: str) -> bool:

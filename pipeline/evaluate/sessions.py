@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from graph_tools.saving import loadable
 
 __all__ = ["Session", "open_session"]
 
-_DTYPES: dict[str, type[np.floating[Any]]] = {
+_Number = np.floating[Any] | np.uint8
+_DTYPES: dict[str, type[_Number]] = {
+    "tensor(uint8)": np.uint8,
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(double)": np.float64,
@@ -31,6 +33,9 @@ _DTYPES: dict[str, type[np.floating[Any]]] = {
 _BATCH_VALUES = 2 * 2**20
 _MAX_BATCH = 64
 _MAX_CHANNELS = 4
+# Tracing bakes the batch of the example into a Reshape; such a file still claims to take any.
+_PROBED_BATCH = 3
+_LIKELY_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,7 +52,7 @@ class Session:
     input: ImageInput
     batch_size: int
     _session: onnxruntime.InferenceSession = field(repr=False)
-    _dtype: type[np.floating[Any]] = field(repr=False)
+    _dtype: type[_Number] = field(repr=False)
 
     def scores(self, images: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
         """Return the first output for each image, flattened: [N, K].
@@ -58,31 +63,61 @@ class Session:
         Raises:
             ModelError: the model fails, or its output is not one row per image.
         """
-        size = self.input.batch or len(images)
-        runs = [
-            self._run(images[start : start + size], size)
-            for start in range(0, len(images), size)
-        ]
-        return np.concatenate(runs)
-
-    def _run(self, images: npt.NDArray[np.float32], size: int) -> npt.NDArray[Any]:
-        count = len(images)
-        if count < size:  # the last images of a file with a fixed batch
-            images = np.concatenate([images, np.repeat(images[-1:], size - count, axis=0)])
         name = self._session.get_outputs()[0].name
+        runs = self._runs(images, [name])
+        return np.concatenate([run[name].reshape(len(run[name]), -1)[:n] for run, n in runs])
+
+    def outputs(
+        self, images: npt.NDArray[np.float32]
+    ) -> list[tuple[dict[str, npt.NDArray[Any]], int]]:
+        """Run images and return all outputs by name, run by run.
+
+        Args:
+            images: [N, *input.shape] float32, N > 0; any N, also if the file fixes its batch
+                size: then there are several runs.
+
+        Returns:
+            For each run its outputs in the order of the file, [n, ...] each, and how many of
+            their rows, the first ones, are images.
+
+        Raises:
+            ModelError: the model fails, or an output is not one row per image.
+        """
+        return list(
+            self._runs(images, [output.name for output in self._session.get_outputs()])
+        )
+
+    def _runs(
+        self, images: npt.NDArray[np.float32], names: list[str]
+    ) -> Iterator[tuple[dict[str, npt.NDArray[Any]], int]]:
+        size = self.input.batch or len(images)
+        for start in range(0, len(images), size):
+            batch = images[start : start + size]
+            yield self._run(batch, size, names), len(batch)
+
+    def _run(
+        self, images: npt.NDArray[np.float32], size: int, names: list[str]
+    ) -> dict[str, npt.NDArray[Any]]:
+        if len(images) < size:  # the last images of a file with a fixed batch
+            more = np.repeat(images[-1:], size - len(images), axis=0)
+            images = np.concatenate([images, more])
+        if self._dtype is np.uint8:  # pixels, whole numbers but for rounding errors
+            images = np.clip(np.rint(images), 0, 255)
         feed = {self.input.name: images.astype(self._dtype)}
         try:
-            output = self._session.run([name], feed)[0]
+            outputs = self._session.run(names, feed)
         # onnxruntime's exceptions have no common class of their own.
         except Exception as error:
             what = f"onnxruntime cannot run it ({_first_line(error)})"
             raise ModelError(what, where=str(self.path)) from error
-        if not isinstance(output, np.ndarray) or output.shape[:1] != (size,):
-            raise ModelError(
-                f"its first output, {name}, is not one row for each of {size} image(s)",
-                where=str(self.path),
-            )
-        return output.reshape(size, -1)[:count]
+        for number, (name, output) in enumerate(zip(names, outputs, strict=True)):
+            if not isinstance(output, np.ndarray) or output.shape[:1] != (size,):
+                which = "its first output" if number == 0 else "its output"
+                raise ModelError(
+                    f"{which}, {name}, is not one row for each of {size} image(s)",
+                    where=str(self.path),
+                )
+        return dict(zip(names, outputs, strict=True))
 
 
 def open_session(
@@ -130,12 +165,15 @@ def open_session(
         raise ModelError(f"it has {len(inputs)} inputs, not one", where=str(path))
     if inputs[0].type not in _DTYPES:
         raise ModelError(
-            f"its input, {inputs[0].name}, is {inputs[0].type}, not floating point",
+            f"its input, {inputs[0].name}, is {inputs[0].type}, not floating point or uint8",
             where=str(path),
         )
     if model_input is None:
         model_input = _image_input(inputs[0].name, inputs[0].shape, str(path))
+    dtype = _DTYPES[inputs[0].type]
     batch = inputs[0].shape[0] if isinstance(inputs[0].shape[0], int) else None
+    if batch is None:
+        batch = _baked_batch(session, model_input, dtype)
     model_input = ImageInput(
         name=inputs[0].name, shape=model_input.shape, layout=model_input.layout, batch=batch
     )
@@ -145,7 +183,7 @@ def open_session(
         input=model_input,
         batch_size=batch or wanted,
         _session=session,
-        _dtype=_DTYPES[inputs[0].type],
+        _dtype=dtype,
     )
 
 
@@ -161,6 +199,24 @@ def _open(
     except Exception as error:
         what = f"onnxruntime cannot load it ({_first_line(error)})"
         raise ModelError(what, where=str(path)) from error
+
+
+def _baked_batch(
+    session: onnxruntime.InferenceSession,
+    model_input: ImageInput,
+    dtype: type[_Number],
+) -> int | None:
+    """Return the only batch size at which a file runs; None if it takes any, or fails at all."""
+    quiet = onnxruntime.RunOptions()
+    quiet.log_severity_level = 4  # failing is what this is about
+    for batch in (_PROBED_BATCH, *_LIKELY_BATCHES):
+        images = np.zeros((batch, *model_input.shape), dtype=dtype)
+        try:
+            session.run(None, {session.get_inputs()[0].name: images}, quiet)
+        except Exception:  # onnxruntime's exceptions have no common class of their own
+            continue
+        return None if batch == _PROBED_BATCH else batch
+    return None
 
 
 def _image_input(name: str, dims: list[int | str | None], where: str) -> ImageInput:

@@ -13,7 +13,8 @@ from PIL import Image
 
 from graph_tools.errors import DataError
 from pipeline.evaluate.files import Files
-from pipeline.evaluate.pictures import decode, fit
+from pipeline.evaluate.pictures import decode
+from pipeline.evaluate.placement import Resize, place
 
 if TYPE_CHECKING:
     from graph_tools.model import ImageInput
@@ -33,6 +34,7 @@ class ImageSource(Protocol):
         size: int,
         model_input: ImageInput,
         preprocessing: Preprocessing,
+        resize: Resize = "crop",
     ) -> Iterator[npt.NDArray[np.float32]]:
         """Yield the images of ``indices``, ``size`` at a time: [<= size, *shape] float32."""
 
@@ -55,6 +57,7 @@ class PictureSource:
         size: int,
         model_input: ImageInput,
         preprocessing: Preprocessing,
+        resize: Resize = "crop",
     ) -> Iterator[npt.NDArray[np.float32]]:
         """Yield the images of ``indices``, ``size`` at a time: [<= size, *shape] float32."""
         height, width, channels = model_input.height, model_input.width, model_input.channels
@@ -65,7 +68,7 @@ class PictureSource:
                 for position, name in enumerate(names):
                     where = f"{self.files.path}:{name}"
                     picture = decode(read(name), channels, where)
-                    pixels[position] = fit(picture, height, width, where)
+                    pixels[position] = place(picture, height, width, resize, where)
                 yield preprocessing.apply(pixels, model_input.layout)
 
 
@@ -88,17 +91,20 @@ class ArraySource:
         size: int,
         model_input: ImageInput,
         preprocessing: Preprocessing,
+        resize: Resize = "crop",
     ) -> Iterator[npt.NDArray[np.float32]]:
         """Yield the images of ``indices``, ``size`` at a time: [<= size, *shape] float32."""
         for start in range(0, len(indices), size):
             chosen = indices[start : start + size]
             if self.images.dtype == np.uint8:
-                pixels = self._pixels(chosen, model_input)
+                pixels = self._pixels(chosen, model_input, resize)
                 yield preprocessing.apply(pixels, model_input.layout)
             else:
                 yield self._values(chosen, model_input)
 
-    def _pixels(self, chosen: Indices, model_input: ImageInput) -> npt.NDArray[np.uint8]:
+    def _pixels(
+        self, chosen: Indices, model_input: ImageInput, resize: Resize
+    ) -> npt.NDArray[np.uint8]:
         height, width, channels = model_input.height, model_input.width, model_input.channels
         pixels: npt.NDArray[np.uint8] = self.images[chosen]
         found = pixels.shape[3]
@@ -111,10 +117,11 @@ class ArraySource:
             )
         mode = "L" if channels == 1 else "RGB"
         fitted = [
-            fit(
+            place(
                 Image.fromarray(one[..., 0] if found == 1 else one).convert(mode),
                 height,
                 width,
+                resize,
                 str(self.path),
             )
             for one in pixels

@@ -1,11 +1,12 @@
-"""Guess how pixels become a network's input, from its BatchNormalization statistics.
+"""Find out how pixels become a network's input: from its graph, or its BatchNormalization.
 
-Nothing in an ONNX file says whether the network takes 0..1, -1..1, 0..255 or standardized
-pixels, but the statistics of the first BatchNormalization node remember it. Images with the
-spectrum and the colors of natural ones (amplitude 1/f, strongly correlated channels; Field
-1987, Ruderman et al. 1998) go through the network under each usual normalization, and the one
-that comes closest to the first node's statistics is taken; later nodes see shapes, too, which
-noise has not, and mislead. If none comes close, a free scale and offset are fitted, so that
+A graph that begins with a normalization of its own (Sub, Div and the like) or takes uint8 says
+itself which pixels it wants. Others do not say whether they take 0..1, -1..1, 0..255 or
+standardized pixels, but the statistics of the first BatchNormalization node remember it. Images
+with the spectrum and the colors of natural ones (amplitude 1/f, strongly correlated channels;
+Field 1987, Ruderman et al. 1998) go through the network under each usual normalization, and the
+one that comes closest to the first node's statistics is taken; later nodes see shapes, too,
+which noise has not, and mislead. If none comes close, a free scale and offset are fitted, so that
 images at least span the range that the network was trained on.
 """
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from graph_tools.batchnorm import BatchNormSite, find_batch_norms
 from graph_tools.errors import SettingsError
+from graph_tools.input_affine import InputAffine, find_input_affine
 from graph_tools.model import Model
 from pipeline.generate.network import Network
 from pipeline.generate.prior import PIXEL_MEAN, PIXEL_STD
@@ -32,7 +34,7 @@ from pipeline.preprocessing import Preprocessing
 if TYPE_CHECKING:
     from pipeline.preprocessing import ChannelOrder
 
-__all__ = ["guess_preprocessing", "natural_noise"]
+__all__ = ["doubt", "guess_preprocessing", "natural_noise"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +57,16 @@ _OTHER = {
     "pixels in 0..1": ((0.0,), (1.0,)),
     "pixels in 0..255": ((0.0,), (1 / 255,)),
 }
+_RANGES = ((0.0, 255.0), (0.0, 1.0), (-1.0, 1.0))
+_USUAL_STD = 0.5  # between that of pixels in 0..1 and of standardized ones
+_DOUBTFUL = 1.0  # error in sigmas from which a given normalization is doubted, if another one
+_CLEARLY_LESS = 0.5  # has at most this share of it
 
 
 def guess_preprocessing(
     model: Model, *, channels: ChannelOrder | None = None, seed: int = 0
 ) -> Preprocessing:
-    """Guess the normalization that a network expects.
+    """Find the normalization that a network expects, or guess it.
 
     Args:
         model: the network.
@@ -70,13 +76,19 @@ def guess_preprocessing(
 
     Returns:
         A normalization; its source is "model metadata" if the file states it (key
-        "preprocessing", JSON with mean and std), else it begins with "guessed: ", or with
-        "assumed: " if the network has no BatchNormalization to learn from.
+        "preprocessing", JSON with mean and std), begins with "read from the graph: " if that
+        says it, else with "guessed: ", or with "assumed: " if the network has no
+        BatchNormalization to learn from.
     """
     stated = _stated(model)
     if stated is not None:
         return stated
     sites = find_batch_norms(model)[:1]
+    told = _told(model, channels)
+    if told is not None:
+        if sites and channels is None and model.input.channels == 3:
+            told = _ordered(told, _Trial(model, sites[0], seed))
+        return told
     if not sites:
         name, chosen = next(iter(_candidates(model.input.channels, channels or "rgb").items()))
         return replace(
@@ -97,6 +109,71 @@ def guess_preprocessing(
     trust = "" if error <= _GOOD else "; a poor fit, give --mean and --std if you know them"
     logger.info("input: %s%s, error %.2f sigma", name, order, error)
     return replace(chosen, source=f"guessed: {name}{order} (error {error:.2f} sigma{trust})")
+
+
+def doubt(model: Model, given: Preprocessing, *, seed: int = 0) -> str:
+    """Say what speaks against a normalization that was given; empty if nothing does.
+
+    Args:
+        model: the network.
+        given: the normalization.
+        seed: of the images that are tried.
+    """
+    sites = find_batch_norms(model)[:1]
+    if not sites:
+        return ""
+    trial = _Trial(model, sites[0], seed)
+    error = trial.error(given)
+    if error < _DOUBTFUL:
+        return ""
+    name, _, least = _best(trial, model.input.channels, given.channels)
+    if not least <= min(_GOOD, _CLEARLY_LESS * error):
+        return ""
+    return (
+        f"the normalization that was given contradicts the first BatchNormalization: it is off "
+        f"by {error:.1f} sigma, {name} by {least:.1f}; without --mean, --std and --range it is "
+        "found"
+    )
+
+
+def _told(model: Model, channels: ChannelOrder | None) -> Preprocessing | None:
+    """Return the normalization that follows from the graph alone, None if none does."""
+    if model.input.integer:
+        source = "read from the graph: uint8 input, pixels in 0..255"
+        return Preprocessing.of_range(0, 255, channels=channels or "rgb", source=source)
+    affine = find_input_affine(model)
+    if affine is None:
+        return None
+    low, high = min(_RANGES, key=lambda ends: _oddness(affine, *ends))
+    means = (-affine.offset / affine.scale).tolist()
+    rising = len(means) == 3 and means[0] < means[1] < means[2]  # blue, green, red
+    order: ChannelOrder = channels or ("bgr" if rising else "rgb")
+    text = f", {order.upper()} order" if model.input.channels == 3 else ""
+    return Preprocessing.of_range(
+        low,
+        high,
+        channels=order,
+        source=f"read from the graph: it normalizes itself ({', '.join(affine.operators)}), "
+        f"pixels in {low:g}..{high:g}{text}",
+    )
+
+
+def _oddness(affine: InputAffine, low: float, high: float) -> float:
+    """Return how unlike a usual normalization a graph makes natural pixels of a range."""
+    mean = affine.scale * (low + PIXEL_MEAN * (high - low)) + affine.offset
+    std = affine.scale * PIXEL_STD * (high - low)
+    return float(np.mean(np.abs(mean) / std + np.abs(np.log(std / _USUAL_STD))))
+
+
+def _ordered(told: Preprocessing, trial: _Trial) -> Preprocessing:
+    """Choose the channel order that the first BatchNormalization fits clearly better."""
+    other: ChannelOrder = "rgb" if told.channels == "bgr" else "bgr"
+    turned = replace(told, channels=other)
+    if trial.error(turned) >= _CLEARLY * trial.error(told):
+        return told
+    before, after = (f"{order.upper()} order" for order in (told.channels, other))
+    source = told.source.replace(before, after)
+    return replace(turned, source=source if after in source else f"{source}, {after}")
 
 
 def _stated(model: Model) -> Preprocessing | None:

@@ -142,19 +142,20 @@ def _agreement(outputs: Sequence[Mapping[str, Any]]) -> tuple[str, Fact | None]:
 
 
 def _accuracy(rows: Sequence[Mapping[str, Any]]) -> tuple[str, Fact | None]:
-    known = [(top1, row) for row in rows if (top1 := as_float(row.get("top1"))) is not None]
+    key, name, label = "top1", "top-1", "Top-1, %"
+    if any("mAP@0.5" in row for row in rows):
+        key, name, label = "mAP@0.5", "mAP@0.5", "mAP@0.5, %"
+    known = [(value, row) for row in rows if (value := as_float(row.get(key))) is not None]
     if not known:
         return "", None
     first, last = known[0][0], known[-1][0]
     count = format_number(known[-1][1].get("count"))
     if len(known) == 1:
         text = format_number(last, 1)
-        return f"top-1 {text}", Fact(label="Top-1, %", value=text, detail=f"{count} images")
+        return f"{name} {text}", Fact(label=label, value=text, detail=f"{count} images")
     text = format_number(first, 1) + _ARROW + format_number(last, 1)
     points = f"{'+' if last > first else ''}{format_number(last - first, 2)} points"
-    return f"top-1 {text}", Fact(
-        label="Top-1, %", value=text, detail=f"{points}, {count} images"
-    )
+    return f"{name} {text}", Fact(label=label, value=text, detail=f"{points}, {count} images")
 
 
 def _size(sizes: Mapping[str, Any]) -> tuple[str, Fact | None]:

@@ -153,6 +153,38 @@ def test_json_is_all_that_stdout_holds(digits, held_out, capsys):
         json.loads(out)
 
 
+def test_the_normalization_is_said_and_doubted(digits, tmp_path, capsys):
+    """The network takes -1..1 by its metadata."""
+    words = [
+        "generate",
+        digits,
+        "-o",
+        tmp_path / "i.npz",
+        "--method",
+        "noise",
+        "--num-images",
+        2,
+    ]
+    code, out, err = run(capsys, *words)
+    assert (code, err) == (0, "")
+    assert "normalization: mean 0.5, std 0.5, channels rgb, source model metadata" in out
+    code, out, err = run(capsys, *words, "--range", "0,255", "--json")
+    assert code == 0
+    assert "contradicts the first BatchNormalization" in json.loads(out)["warnings"][-1]
+    assert json.loads(out)["preprocessing"]["std"] == pytest.approx([1 / 255])
+    for given in (["--range=-1,1"], ["--range", "-1,1"]):
+        code, out, err = run(capsys, *words, *given, "--json")
+        assert (code, err) == (0, "")
+        assert json.loads(out)["preprocessing"]["mean"] == [0.5]
+        assert json.loads(out)["warnings"] == []
+    for wrong in ("1,0", "1", "a,b", "0,1,2", "0,inf"):
+        assert "two numbers, the first one less" in refuse(
+            capsys, tmp_path, *words, f"--range={wrong}"
+        )
+    both = ["--range", "0,1", "--mean", "0", "--std", "1"]
+    assert "--mean and --std say the same otherwise" in refuse(capsys, tmp_path, *words, *both)
+
+
 def test_quiet_says_nothing(digits, capsys):
     assert run(capsys, "quantize", digits, "--quiet", *FAST) == (0, "", "")
 

@@ -141,3 +141,14 @@ def test_unknown_channel_order_and_missing_keys() -> None:
         Preprocessing(mean=(0.0,), std=(1.0,), channels="gbr")  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="missing"):
         Preprocessing.from_dict({"mean": [0.0]})
+
+
+def test_a_range_is_what_black_and_white_become(pixels: np.ndarray) -> None:
+    low, high = Preprocessing.of_range(-3, 5).valid_range(3)
+    np.testing.assert_allclose(low, -3, rtol=1e-6)
+    np.testing.assert_allclose(high, 5, rtol=1e-6)
+    raw = Preprocessing.of_range(0, 255).apply(pixels, "NHWC")
+    np.testing.assert_array_equal(raw, pixels.astype(np.float32))
+    for low, high in ((1, 1), (2, 1), (0, float("nan")), (0, float("inf"))):
+        with pytest.raises(SettingsError, match="--range"):
+            Preprocessing.of_range(low, high)
