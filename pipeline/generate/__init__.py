@@ -45,6 +45,7 @@ from pipeline.generate.quantized import Quantizer
 from pipeline.generate.selection import keep_least_alike
 from pipeline.generate.statistics import StatisticsMatch
 from pipeline.generate.store import temporary_folder
+from pipeline.generate.unread import Watched
 from pipeline.images import ImageSet, ImageWriter, open_images
 from pipeline.preprocessing import Preprocessing
 from pipeline.settings import CheckpointSettings, GenerateSettings
@@ -165,6 +166,7 @@ def generate(
     if sites:
         notes.append(f"{len(sites)} BatchNormalization node(s) found and observed")
     notes += _missing_statistics(model, bool(sites))
+    watched = Watched(settings)
     if model.fixed_batch is not None and sites:
         notes.append(f"the model takes only {model.fixed_batch} image(s) at a time: slow")
     with (
@@ -179,9 +181,11 @@ def generate(
     ):
 
         def make(batch_size: int) -> Made:
+            nonlocal watched
+            watched = Watched(replace(settings, batch_size=batch_size))
             job = Job(
                 model,
-                replace(settings, batch_size=batch_size),
+                watched.as_settings,
                 sites,
                 preprocessing,
                 device,
@@ -192,6 +196,10 @@ def generate(
                 return _make(job, method, writer, on_step, count)
 
         statistics, history = with_smaller_batches(make, settings, model.input, kept)
+        notes += [
+            f"--{name.replace('_', '-')} means nothing to method {method} and was not used"
+            for name in watched.unread()
+        ]
         images = open_images(path, shape=model.input.shape)
         quality = measure_quality(model, images, preprocessing, settings, statistics, history)
         if output is None:

@@ -97,3 +97,21 @@ def test_methods_that_match_statistics_need_some(
 def test_every_method_can_be_asked_for() -> None:
     for method in METHODS:
         assert GenerateSettings(method=method).method == method  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "unused"),
+    [
+        ("zeroq", {"slack": 0.5, "scope": 1}, {"slack", "scope"}),
+        ("zeroq", {"padding": 2, "learning_rate": 0.1}, set()),
+        ("dgh", {"slack": 0.5, "scope": 1, "std_weight": 3.0}, set()),
+        ("dgh", {"std_weight": 3.0, "sadag_matching": 2.0}, {"sadag-matching"}),
+        ("noise", {"loss": "paper"}, {"loss", "iterations"}),
+    ],
+)
+def test_settings_that_a_method_has_no_use_for_are_named(
+    small: Model, tmp_path: Path, method: str, options: dict[str, object], unused: set[str]
+) -> None:
+    notes = run(small, tmp_path / "x.npz", method=method, **options).notes
+    said = {note.split()[0].removeprefix("--") for note in notes if "means nothing" in note}
+    assert said == unused
