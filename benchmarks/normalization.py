@@ -56,7 +56,7 @@ def cell(network: str, said: str, images: str, args: argparse.Namespace) -> Cell
     test = open_dataset(SHARED / "data" / case.test)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        generation: dict[str, Any] = {"num_images": case.num_images, "seed": args.seed}
+        generation: dict[str, Any] = {"num_images": args.num_images, "seed": args.seed}
         if images != "real":
             generation["method"] = images
         job = QuantizeJob(
@@ -84,7 +84,7 @@ def markdown(cells: dict[str, Cell]) -> str:
     lines = [
         "# Top-1 of W8A8 files by normalization",
         "",
-        "Percent, 256 calibration images, measured with the right normalization.",
+        "Percent, 64 calibration images, measured with the right normalization.",
         "Written by `python benchmarks/normalization.py`.",
     ]
     networks = dict.fromkeys(key.split("/")[0] for key in cells)
@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--images", nargs="+", default=[*IMAGES], choices=IMAGES)
     said = ["right", "none", *WRONG]
     parser.add_argument("--said", nargs="+", default=said, choices=said)
+    parser.add_argument("--num-images", type=int, default=64, help="to calibrate with")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--fresh", action="store_true")

@@ -190,7 +190,7 @@ def _run(
     entry, seconds = session.input, 0.0
     objects: list[Objects] = []
     found: list[Detections] = []
-    size = min(session.batch_size, 8)  # grids of many classes are large once decoded
+    size = entry.batch or min(session.batch_size, 8)  # decoded grids of many classes are large
     with dataset.files.opened() as read:
         for start in range(0, dataset.count, size):
             pixels, placements, sizes = [], [], []
