@@ -95,7 +95,7 @@ class Bench:
 
     def words(self, path: Path, every: int, *more: object) -> list[str]:
         options = self.options
-        words = ["generate", self.model, "-o", path, "--quiet", "--threads", 1]
+        words = ["generate", self.model, "-o", path, "--threads", 1]
         words += ["--num-images", options.num_images, "--batch-size", options.batch_size]
         words += ["--iterations", options.iterations, "--checkpoint-every", every, *more]
         return [str(word) for word in words]
@@ -106,10 +106,11 @@ class Bench:
         *more: object,
         every: int = 5,
         command: tuple[str, ...] = ZSQ,
+        quiet: bool = True,
         limit: Callable[[], None] | None = None,
     ) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [*command, *self.words(path, every, *more)],
+            [*command, *self.words(path, every, *more), *["--quiet"] * quiet],
             cwd=ROOT,
             text=True,
             stdout=subprocess.DEVNULL,
@@ -164,9 +165,16 @@ def by_signal(bench: Bench, number: signal.Signals, times: int) -> Row:
         promised = -number if number == signal.SIGKILL else 130
         one_line = number == signal.SIGKILL or said.count("\n") == 0
         whole = not path.exists() or digest(path) == bench.expected
+        early = (
+            process.returncode == -number and not said
+        )  # before the command knew of signals
         ended = process.returncode in (promised, 0) and one_line and whole
-        row.as_promised += ended
-        if not ended:
+        row.as_promised += ended or early
+        if early and number != signal.SIGKILL:
+            row.notes.append(
+                "one came while the interpreter started: ended by it, nothing begun"
+            )
+        elif not ended:
             row.notes.append(f"exit {process.returncode}: {said}")
         if "--resume" in said:
             row.said = said
@@ -195,12 +203,13 @@ def damaged(bench: Bench, times: int) -> Row:
         data = bytearray(victim.read_bytes())
         data[bench.random.randrange(len(data))] ^= 1 << bench.random.randrange(8)
         victim.write_bytes(data)
-        with bench.start(path, "--resume") as process:
+        with bench.start(path, "--resume", quiet=False) as process:
             said = process.communicate()[1]
         row.resumed += 1
         row.as_promised += process.returncode == 0
         row.same_bytes += path.exists() and digest(path) == bench.expected
-        row.said = said.strip() or row.said
+        told = [line for line in said.splitlines() if "is damaged" in line]
+        row.said = told[-1] if told else row.said
     return row
 
 
@@ -230,7 +239,7 @@ def disk_full(bench: Bench, times: int) -> Row:
     for turn in range(times):
         path = bench.new()
         if real:
-            room = 2**12 * bench.random.randrange(20, 120)
+            room = 2**12 * bench.random.randrange(10, 90)
             with small_disk(bench.folder, room) as disk:
                 assert disk is not None
                 ended = bench.run(disk / path.name, every=1 + turn % 3)
@@ -248,6 +257,9 @@ def disk_full(bench: Bench, times: int) -> Row:
                 limit=lambda limits=limits: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
             )
             whole = path.exists()
+        if ended.code == 0 and whole:
+            row.notes.append(f"{room} bytes were enough")
+            continue
         row.times += 1
         row.as_promised += ended.code == 2 and ended.said.count("\n") == 0 and not whole
         if ended.code != 2:
@@ -285,20 +297,23 @@ def out_of_memory(bench: Bench, times: int) -> Row:
         one = ["--num-images", large, "--iterations", 1, "--start", "noise"]
         more = [*one, "--batch-size", large]
         ended = bench.run(
-            path, *more, limit=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            path,
+            *more,
+            quiet=False,
+            limit=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
         )
         row.times += 1
         row.as_promised += ended.code == 0
-        row.said = ended.said
+        told = [line for line in ended.said.splitlines() if "memory ran out" in line]
+        row.said = told[-1] if told else row.said
         if ended.code:
             row.notes.append(ended.said)
             continue
-        lowered = [word for word in ended.said.split() if word.isdigit()]
-        if not lowered:
+        if not told:
             row.notes.append(f"a batch of {large} fits")
             continue
         same = bench.new()
-        bench.run(same, *one, "--batch-size", lowered[-1])
+        bench.run(same, *one, "--batch-size", told[-1].split()[-1])
         row.same_bytes += digest(same) == digest(path)
     row.notes.append("bytes compared with a run whose batches have that size from the start")
     return row
@@ -357,7 +372,7 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--iterations", type=int, default=60)
-    parser.add_argument("--large-batch", type=int, default=8192)
+    parser.add_argument("--large-batch", type=int, default=32768)
     parser.add_argument("--address-space", type=int, default=2048, help="MiB")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=RESULT)

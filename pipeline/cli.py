@@ -136,10 +136,12 @@ class Generate:
         import torch
 
         from pipeline.generate import generate
+        from pipeline.ranks import join_ranks
         from pipeline.record import describe_generation, describe_restoration
         from pipeline.run import doubts_of, preprocessing_of, quantizer_of, restored_from
 
-        _check_output(self.output, ".npz")
+        if _started_rank() == 0:
+            _check_output(self.output, ".npz")
         if self.common.threads:
             torch.set_num_threads(self.common.threads)
         model = _load(self.model, self.input)
@@ -147,16 +149,23 @@ class Generate:
         if restoration is not None:
             model = restoration.model
         preprocessing = preprocessing_of(model, self.input, seed=self.generation.seed)
-        with _progress(self.common) as progress:
+        with (
+            join_ranks(self.generation.device) as ranks,
+            ranks.own_path(self.output) as output,
+            _progress(self.common) as progress,
+        ):
             generated = generate(
                 model,
                 self.generation,
-                self.output,
+                output,
                 preprocessing=preprocessing,
                 quantizer=quantizer_of(model, seed=self.generation.seed),
                 on_step=lambda done, total, terms: progress("generate", done, total, terms),
                 checkpoints=self.checkpoints,
+                ranks=ranks,
             )
+            if ranks.rank:
+                return 0, {}
         facts = describe_generation(generated, self.generation, model)
         facts["output"] = str(self.output)
         facts["preprocessing"] = generated.preprocessing.to_dict()
@@ -207,7 +216,8 @@ class Quantize:
 
     def run(self) -> tuple[int, dict[str, Any]]:
         """The whole way."""
-        from pipeline.run import QuantizeJob, default_output, quantize_file
+        from pipeline.ranks import join_ranks
+        from pipeline.run import QuantizeJob, assist, default_output, quantize_file
         from pipeline.target_profiles import load_profile
 
         job = QuantizeJob(
@@ -231,8 +241,11 @@ class Quantize:
             threads=self.common.threads,
             target=self.target,
         )
-        with _progress(self.common) as progress:
-            result = quantize_file(job, on_progress=progress)
+        with join_ranks(self.generation.device) as ranks, _progress(self.common) as progress:
+            if ranks.rank:
+                assist(job, ranks)
+                return 0, {}
+            result = quantize_file(job, on_progress=progress, ranks=ranks)
         _warn(self.common, (result.report["generation"] or {}).get("warnings", []))
         if not _silent(self.common):
             _print_restoration(result.report["restoration"])
@@ -464,18 +477,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         from graph_tools.limits import within_memory
 
+        if _started_rank() and not isinstance(command, Generate | Quantize):
+            return 0  # the first process does it
         with terminable(), within_memory(arguments[0]):
             code, facts = command.run()
-        if command.common.json:
+        if command.common.json and not _started_rank():
             sys.stdout.write(json.dumps(_finite(facts), indent=1) + "\n")
         return code
     except ZsqError as error:
         if debug:
             traceback.print_exc()
-        _stderr.print(f"zsq: {error}", markup=False, soft_wrap=True)
+        if not getattr(error, "told", False):  # by another process
+            _stderr.print(f"zsq: {error}", markup=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt as stop:
         how = f": {stop}" if isinstance(stop, Interrupted) else ""
+        if _started_rank():
+            return 130
         _stderr.print(f"zsq: interrupted{how}", markup=False, soft_wrap=True)
         return 130
     except BrokenPipeError:
@@ -536,6 +554,12 @@ def _load(path: Path, settings: InputSettings) -> Model:
     )
 
 
+def _started_rank() -> int:
+    """Return the number of this process among those that torchrun started; 0 without it."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return int(os.environ.get("RANK", "0")) if several else 0
+
+
 def _check_output(path: Path, suffix: str) -> None:
     if path.suffix != suffix:
         raise SettingsError(f"the output is not named *{suffix}", where=str(path))
@@ -567,7 +591,7 @@ def _progress(
     common: CommonSettings,
 ) -> Iterator[Callable[[str, int, int, Mapping[str, float]], None]]:
     """Progress bars on stderr, one a stage; silent when quiet or not on a terminal."""
-    if common.quiet or not _stderr.is_terminal:
+    if common.quiet or _started_rank() or not _stderr.is_terminal:
         yield lambda stage, done, total, terms: None
         return
     tasks: dict[str, TaskID] = {}

@@ -96,9 +96,12 @@ def flat_settings(job: QuantizeJob) -> dict[str, Any]:
     for name in ("signedness", "weight_granularity", "bias_storage", "fused_sums"):
         if quantization[name] == "auto":  # as in files that were written before these existed
             del quantization[name]
+    generation = asdict(job.generation)
+    if generation["parallel_batches"] <= 1:  # likewise
+        del generation["parallel_batches"]
     return {
         **quantization,
-        **asdict(job.generation),
+        **generation,
         **{name: value for name, value in inputs.items() if value},
     }
 

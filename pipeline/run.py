@@ -36,11 +36,13 @@ from pipeline.generate import (
     default_num_images,
     generate,
     remove_checkpoints,
+    with_lanes,
 )
 from pipeline.generate.input_range import doubt, guess_preprocessing
 from pipeline.images import ImageSet, ImageWriter, open_images
 from pipeline.preprocessing import Preprocessing
 from pipeline.quantize import Quantization, quantize
+from pipeline.ranks import ALONE, Ranks
 from pipeline.record import Record, metadata, recorded_preprocessing, write_run_json
 from pipeline.report import write_report
 from pipeline.settings import (
@@ -62,6 +64,7 @@ __all__ = [
     "OnProgress",
     "QuantizeJob",
     "Result",
+    "assist",
     "copy_dataset",
     "default_output",
     "doubts_of",
@@ -137,12 +140,15 @@ def default_output(model: Path, settings: QuantizeSettings) -> Path:
     return model.with_name(f"{model.stem}.w{weights}a{settings.activations}.onnx")
 
 
-def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) -> Result:
+def quantize_file(
+    job: QuantizeJob, *, on_progress: OnProgress | None = None, ranks: Ranks = ALONE
+) -> Result:
     """Quantize an exported network without data, prove the result and report on it.
 
     Args:
         job: what to do.
         on_progress: called as (stage, done, total, terms).
+        ranks: the processes of the run; this one is the first, the others call `assist`.
 
     Returns:
         Where the results are. The proof may have failed; the file is written all the same.
@@ -155,7 +161,8 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
     if job.output.resolve() == job.model.resolve():
         raise SettingsError("the output is the input", where=str(job.output))
     profile = load_profile(job.target)
-    job = replace(job, quantization=settings_for(profile, job.quantization))
+    lanes = with_lanes(job.generation, ranks)
+    job = replace(job, quantization=settings_for(profile, job.quantization), generation=lanes)
     evaluation = None
     if job.evaluate_data is not None:
         evaluation = open_evaluation(
@@ -167,17 +174,11 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
     clock = _Clock()
     with _resumable(job.output), _output_folder(job.output) as work:
         with clock("load"):
-            model = load(
-                job.model,
-                input_shape=job.input.shape(),
-                layout=job.input.known_layout(),
-                inputs=job.input.arrays(),
-            )
-            restoration = restored_from(job.bn_from, model, job.input)
-            if restoration is not None:
-                model = restoration.model
+            model, restoration = _loaded(job)
         with clock("generate"):
-            images, preprocessing, generated = _calibration_images(job, model, work, progress)
+            images, preprocessing, generated = _calibration_images(
+                job, model, work, progress, ranks
+            )
         with clock("quantize"):
             quantization = _quantized(
                 model,
@@ -234,6 +235,36 @@ def quantize_file(job: QuantizeJob, *, on_progress: OnProgress | None = None) ->
         folder = _publish(work, written, job.output)
         remove_checkpoints(job.output)
     return Result(output=job.output, folder=folder, report=report, proof=proof)
+
+
+def assist(job: QuantizeJob, ranks: Ranks) -> None:
+    """Do another process's share of making the images for `quantize_file`."""
+    if job.images is not None or job.data is not None:
+        return
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    model, _ = _loaded(job)
+    with ranks.own_path(job.output) as output:
+        generate(
+            model,
+            job.generation,
+            output.with_name("images.npz"),
+            preprocessing=preprocessing_of(model, job.input, seed=job.generation.seed),
+            checkpoints=job.checkpoints,
+            output=output,
+            ranks=ranks,
+        )
+
+
+def _loaded(job: QuantizeJob) -> tuple[Model, Restoration | None]:
+    model = load(
+        job.model,
+        input_shape=job.input.shape(),
+        layout=job.input.known_layout(),
+        inputs=job.input.arrays(),
+    )
+    restoration = restored_from(job.bn_from, model, job.input)
+    return (model if restoration is None else restoration.model), restoration
 
 
 def restored_from(
@@ -415,7 +446,7 @@ def evaluate_files(
 
 
 def _calibration_images(
-    job: QuantizeJob, model: Model, work: Path, progress: OnProgress
+    job: QuantizeJob, model: Model, work: Path, progress: OnProgress, ranks: Ranks
 ) -> tuple[ImageSet, Preprocessing, Generated | None]:
     preprocessing = preprocessing_of(model, job.input, seed=job.generation.seed)
     path = work / "images.npz"
@@ -432,6 +463,7 @@ def _calibration_images(
             checkpoints=job.checkpoints,
             output=job.output,
             purpose=asdict(job.quantization) if job.generation.method == "sadag" else None,
+            ranks=ranks,
         )
         return generated.images, preprocessing, generated
     if job.data is not None:

@@ -113,6 +113,10 @@ class GenerateSettings:
     """Iterations between measurements of all images as they are shown next: with 1 each step takes
     the exact gradient of the loss over all images, for half as much time again; 0: never, other
     batches count as they were when they last moved (DGH's published code). Not genie and sadag."""
+    parallel_batches: int = 0
+    """How many batches advance at the same time, each by the statistics that the others had before
+    the step (not intraq, genie, sadag); 0: as many as torchrun starts processes, 1 without it. The
+    images depend on this number, not on that of processes, which must divide it."""
 
     sadag_form: Literal["generator", "pixels"] = "generator"
     """What sadag refines: genie's images through their generators, as published, or those of dgh
@@ -134,6 +138,8 @@ class GenerateSettings:
         _require(0 <= rate < math.inf, "learning_rate", rate, "0 or more")
         _require(self.scope >= 0, "scope", self.scope, "0 or more")
         _require(self.refresh >= 0, "refresh", self.refresh, "0 or more")
+        parallel = self.parallel_batches
+        _require(parallel >= 0, "parallel_batches", parallel, "0 or more")
         more = self.oversample
         _require(1 <= more < math.inf, "oversample", more, "1 or more")
         slack = self.slack

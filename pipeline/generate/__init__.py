@@ -23,7 +23,7 @@ from graph_tools.batchnorm import (
     find_bare_convolutions,
     find_batch_norms,
 )
-from graph_tools.errors import NoBatchNormError
+from graph_tools.errors import NoBatchNormError, SettingsError
 from graph_tools.model import Model
 from pipeline.generate.allocator import reused_memory
 from pipeline.generate.checkpoints import checkpoint_folder, remove_checkpoints
@@ -40,7 +40,7 @@ from pipeline.generate.keeping import identity_of, keeping, with_smaller_batches
 from pipeline.generate.loop import LossRecord, OnStep
 from pipeline.generate.methods import METHODS, NEEDS_BATCH_NORM
 from pipeline.generate.network import torch_device
-from pipeline.generate.quality import Quality, measure_quality
+from pipeline.generate.quality import UNMEASURED, Quality, measure_quality
 from pipeline.generate.quantized import Quantizer
 from pipeline.generate.selection import keep_least_alike
 from pipeline.generate.statistics import StatisticsMatch
@@ -48,6 +48,7 @@ from pipeline.generate.store import temporary_folder
 from pipeline.generate.unread import Watched
 from pipeline.images import ImageSet, ImageWriter, open_images
 from pipeline.preprocessing import Preprocessing
+from pipeline.ranks import ALONE, Ranks
 from pipeline.settings import CheckpointSettings, GenerateSettings
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "default_num_images",
     "generate",
     "remove_checkpoints",
+    "with_lanes",
 ]
 
 logger = logging.getLogger(__name__)
@@ -118,6 +120,7 @@ def generate(
     checkpoints: CheckpointSettings | None = None,
     output: Path | None = None,
     purpose: Mapping[str, Any] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Generated:
     """Make images for a network and write them to ``path``.
 
@@ -136,6 +139,8 @@ def generate(
         output: what the images are made for: checkpoints and temporary files lie beside it, and
             checkpoints are left for `remove_checkpoints`; by default ``path``, and none is left.
         purpose: settings of the quantizer, which a checkpoint must agree with, too.
+        ranks: the processes of the run, all of which call this; the first one's checkpoints
+            count, and each writes the same images to a ``path`` of its own.
 
     Returns:
         The images, in the model's own layout and normalization, and the record of the run.
@@ -150,7 +155,7 @@ def generate(
     """
     start = time.perf_counter()
     count = settings.num_images or default_num_images(model.input.height, model.input.width)
-    given = settings
+    settings = given = with_lanes(settings, ranks)
     settings = replace(settings, num_images=math.ceil(count * settings.oversample))
     sites = find_batch_norms(model)
     method = settings.method
@@ -158,7 +163,7 @@ def generate(
         method = "dgh" if sites else "prior"
     if method in NEEDS_BATCH_NORM and not sites:
         raise _no_batch_norm(model)
-    device = torch_device(settings.device)
+    device = ranks.device(torch_device(settings.device))
     notes = []
     if preprocessing is None:
         preprocessing = guess_preprocessing(model, seed=settings.seed)
@@ -174,6 +179,7 @@ def generate(
             output or path,
             checkpoints or CheckpointSettings(),
             identity_of(model, given, preprocessing, purpose),
+            ranks,
         ) as kept,
         _reproducible(device),
         _one_thread_if_tiny(model.input.height * model.input.width),
@@ -193,7 +199,9 @@ def generate(
                 kept,
             )
             with ImageWriter(path, count=count, shape=model.input.shape) as writer:
-                return _make(job, method, writer, on_step, count)
+                made = _make(job, method, writer, on_step, count)
+                ranks.barrier()  # nobody leaves while another one waits for its images
+                return made
 
         statistics, history = with_smaller_batches(make, settings, model.input, kept)
         notes += [
@@ -201,7 +209,11 @@ def generate(
             for name in watched.unread()
         ]
         images = open_images(path, shape=model.input.shape)
-        quality = measure_quality(model, images, preprocessing, settings, statistics, history)
+        quality = UNMEASURED
+        if ranks.rank == 0:
+            quality = measure_quality(
+                model, images, preprocessing, settings, statistics, history
+            )
         if output is None:
             kept.clear()
     seconds = time.perf_counter() - start
@@ -217,6 +229,22 @@ def generate(
         notes=(*notes, *kept.notes),
         warnings=(*kept.warnings, *_warnings(method, bool(sites)), *quality.warnings),
     )
+
+
+def with_lanes(settings: GenerateSettings, ranks: Ranks) -> GenerateSettings:
+    """Return the settings with the number of batches that advance at the same time.
+
+    Raises:
+        SettingsError: the processes cannot share them out evenly.
+    """
+    lanes = settings.parallel_batches or ranks.count
+    if lanes % ranks.count:
+        raise SettingsError(
+            f"{lanes} batches cannot be shared out evenly among {ranks.count} processes",
+            where=f"--parallel-batches {lanes}",
+            hint=f"give a multiple of {ranks.count}",
+        )
+    return replace(settings, parallel_batches=lanes)
 
 
 def _make(

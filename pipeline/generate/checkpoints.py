@@ -10,7 +10,7 @@ equal seeds give equal bytes this gives what an uninterrupted run gives, whateve
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import json
 import logging
 import shutil
 import time
@@ -27,6 +27,7 @@ from pipeline.generate.snapshot import (
     write_snapshot,
 )
 from pipeline.images import ImageWriter
+from pipeline.ranks import ALONE, Ranks
 from pipeline.settings import CheckpointSettings
 from pipeline.stopping import Interrupted, StopRequest
 
@@ -67,6 +68,7 @@ class Checkpoints:
         folder: exists; nobody else uses it.
         identity: of the run.
         settings: when to write, and whether to go on.
+        ranks: the processes of the run; the first one has the files.
 
     Raises:
         SettingsError: the snapshots there are those of another run, and this one is to go on.
@@ -75,6 +77,7 @@ class Checkpoints:
         folder: as given.
         work: a folder for temporary files.
         stop: whether somebody wants the run to end.
+        ranks: as given.
         warnings: of snapshots that could not be used, and of other things to know.
         resumed_from: what was gone on from, in words; empty if nothing was.
         lowered_to: size of batches that did fit into memory; 0 if it was not lowered.
@@ -85,9 +88,10 @@ class Checkpoints:
         folder: Path,
         identity: Identity,
         settings: CheckpointSettings,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.folder, self.work = folder, folder / _WORK
-        self.stop = StopRequest()
+        self.stop, self.ranks = StopRequest(), ranks
         self.warnings: list[str] = []
         self.resumed_from = ""
         self.lowered_to = 0
@@ -148,9 +152,23 @@ class Stage:
 
     def restore(self) -> Snapshot | None:
         """Return the newest whole snapshot of this stage, if the run is to go on from one."""
-        owner = self._owner
-        if not owner._ours:
+        owner, ranks = self._owner, self._owner.ranks
+        found = self._newest() if owner._ours and ranks.rank == 0 else None
+        if ranks.count == 1:
+            return found
+        folder, facts = json.loads(
+            ranks.broadcast_bytes(
+                json.dumps(
+                    [str(found.folder), found.facts] if found else [None, None]
+                ).encode()
+            )
+        )
+        if folder is None:
             return None
+        return Snapshot(folder=Path(folder), facts=facts).shared(ranks)
+
+    def _newest(self) -> Snapshot | None:
+        owner = self._owner
         for path in reversed(self._snapshots()):
             try:
                 found = read_snapshot(path)
@@ -175,18 +193,23 @@ class Stage:
             Interrupted: somebody asked for the end.
             DataError: the checkpoint cannot be written.
         """
-        if self._owner.stop.requested:
+        stop, due = self._owner.ranks.any(
+            [self._owner.stop.requested, self._is_due(done, ahead)]
+        )
+        if stop:
             self.save(done, state())
             raise Interrupted(
                 f"stopped after {self._unit} {done:.10g}; --resume goes on there"
             )
-        every = self._owner._settings.checkpoint_every
-        if every:
-            due = int(done / every + 1e-9) > int((done - ahead) / every + 1e-9)
-        else:
-            due = time.monotonic() - self._owner._last > self._owner._pause
         if due:
             self.save(done, state())
+
+    def _is_due(self, done: float, ahead: float) -> bool:
+        """Whether a checkpoint is due; the first process's clock counts."""
+        owner, every = self._owner, self._owner._settings.checkpoint_every
+        if every:
+            return int(done / every + 1e-9) > int((done - ahead) / every + 1e-9)
+        return owner.ranks.rank == 0 and time.monotonic() - owner._last > owner._pause
 
     def save(self, done: float, state: State, *, only: bool = False) -> None:
         """Write a checkpoint.
@@ -200,6 +223,10 @@ class Stage:
             DataError: it cannot be written; earlier ones stay.
         """
         owner, start = self._owner, time.monotonic()
+        parts = iter(state.parts)
+        if owner.ranks.rank:
+            _exhaust(parts)
+            return
         if not owner._ours:  # what an earlier run left, which this one does not go on from
             owner.clear()
             owner._ours = True
@@ -211,7 +238,8 @@ class Stage:
         }
         path = owner.folder / f"{self._name}-{round(done * 1000):012d}"
         try:
-            if not write_snapshot(path, dataclasses.replace(state, facts=facts)):
+            if not write_snapshot(path, State(facts=facts, parts=parts)):
+                _exhaust(parts)  # others wait to give theirs
                 logger.warning("no checkpoint at %s: values are not finite", done)
                 return
         except OSError as error:
@@ -229,7 +257,8 @@ class Stage:
     def end(self, done: float, state: Callable[[], State]) -> None:
         """Write a checkpoint of the finished stage, unless it was over in no time."""
         owner = self._owner
-        if owner._settings.checkpoint_every or time.monotonic() - owner._last > _SECONDS:
+        long = owner.ranks.rank == 0 and time.monotonic() - owner._last > _SECONDS
+        if owner.ranks.any([bool(owner._settings.checkpoint_every) or long])[0]:
             self.save(done, state())
 
     def _snapshots(self) -> list[Path]:
@@ -242,7 +271,7 @@ class Stage:
 
 @contextlib.contextmanager
 def open_checkpoints(
-    output: Path, identity: Identity, settings: CheckpointSettings
+    output: Path, identity: Identity, settings: CheckpointSettings, ranks: Ranks = ALONE
 ) -> Iterator[Checkpoints]:
     """Keep checkpoints beside ``output``.
 
@@ -271,7 +300,7 @@ def open_checkpoints(
             )
         stack.callback(_tidy, folder)
         ImageWriter.remove_leftovers(output)
-        found = Checkpoints(folder, identity, settings)
+        found = Checkpoints(folder, identity, settings, ranks)
         shutil.rmtree(found.work, ignore_errors=True)
         found.work.mkdir()
         yield found
@@ -283,6 +312,11 @@ def _tidy(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     if not _snapshots(folder):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exhaust(parts: Iterator[object]) -> None:
+    for _ in parts:
+        pass
 
 
 def _snapshots(folder: Path) -> list[Path]:

@@ -173,5 +173,6 @@ def dgh_parts(job: Job) -> tuple[DghObjective, OptimizeSettings]:
         output_ratio=settings.output_ratio,
         scope=settings.scope,
         refresh=settings.refresh,
+        parallel=settings.parallel_batches or 1,
     )
     return objective, how

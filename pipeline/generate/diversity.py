@@ -177,6 +177,7 @@ def make_prior(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
         learning_rate=settings.learning_rate or LEARNING_RATE,
         output_weight=1.0 if settings.output_weight is None else settings.output_weight,
         output_ratio=settings.output_ratio,
+        parallel=settings.parallel_batches or 1,
     )
     _, history = job.optimize(writer, network, prior, objective, how, on_step)
     return (), history

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["OutOfMemoryError", "first_non_finite", "memory_guard"]
+from graph_tools.errors import GenerationError
+
+__all__ = ["OutOfMemoryError", "first_non_finite", "memory_guard", "named_fault"]
 
 
 class OutOfMemoryError(Exception):
@@ -47,3 +49,18 @@ def first_non_finite(values: Mapping[str, Tensor]) -> str:
         if not bool(torch.isfinite(value).all()):
             return f"tensor '{name}'"
     return ""
+
+
+@contextlib.contextmanager
+def named_fault(values: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Name the first tensor that is not finite where the loss is all that is known not to be.
+
+    Args:
+        values: as for `first_non_finite`; None if they are not at hand.
+    """
+    try:
+        yield
+    except GenerationError as error:
+        if not error.where and values is not None:
+            error.where = first_non_finite(values)
+        raise

@@ -179,6 +179,12 @@ class LatentRun:
                 "torch can",
                 where=f"--engine {settings.engine}",
             )
+        if job.ranks.count > 1 or settings.parallel_batches > 1:
+            raise SettingsError(
+                f"method {settings.method} makes one batch after the other",
+                where=f"--method {settings.method}",
+                hint="use one process, and leave out --parallel-batches",
+            )
         self._shape, self._generator = job.shape, job.generator
         self.targets = SiteTargets(job.sites, job.device)
         known = pixel_site(job.preprocessing, channels) if settings.pixel_prior else None

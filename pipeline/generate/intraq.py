@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ class IntraqObjective(Objective):
         high: largest.
     """
 
+    one_by_one: ClassVar[bool] = True
     targets: SiteTargets
     layer: LastLinear
     labels: Tensor

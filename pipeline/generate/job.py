@@ -34,6 +34,7 @@ from pipeline.generate.step import measure_batch
 from pipeline.generate.store import batch_sizes, open_store
 from pipeline.images import ImageWriter
 from pipeline.preprocessing import Preprocessing
+from pipeline.ranks import ALONE
 from pipeline.settings import GenerateSettings
 
 __all__ = ["Job", "Made", "Make"]
@@ -57,6 +58,7 @@ class Job:
         checkpoints: of the run; None keeps none.
 
     Attributes:
+        ranks: the processes of the run.
         sizes: images in each batch.
         generator: source of all randomness, on the CPU.
     """
@@ -76,6 +78,7 @@ class Job:
         self.preprocessing, self.device = preprocessing, device
         self.quantizer = quantizer
         self._checkpoints, self._stages = checkpoints, 0
+        self.ranks = ALONE if checkpoints is None else checkpoints.ranks
         self.shape = (entry.channels, entry.height, entry.width)
         batch_size = settings.batch_size or default_batch_size(
             entry.height, entry.width, settings.device
@@ -117,13 +120,17 @@ class Job:
             num_statistics=len(targets.center),
             device=self.device,
         ) as store:
-            generator, stage = self.generator, self.stage()
+            stage, ranks = self.stage(), self.ranks
             before, history = optimize(
-                store, network, prior, objective, how, generator, on_step, stage
+                store, network, prior, objective, how, self.generator, on_step, stage, ranks
             )
             after = targets.zero()
-            for index in range(len(self.sizes)):
-                images = prior.render(store.get(index).canvas.detach(), prior.center())
+            for index, size in enumerate(self.sizes):
+                images = torch.empty((size, *self.shape), device=self.device)
+                if ranks.owns(index):
+                    canvas = store.get(index).canvas.detach()
+                    images = prior.render(canvas, prior.center()).contiguous()
+                images = ranks.broadcast(images, ranks.owner(index))
                 after = after + measure_batch(images, network, targets)
                 writer.append(network.model_input(images).cpu().numpy())
         matches = targets.match(before, after)
@@ -153,6 +160,7 @@ class Job:
             forgets=False,
             scope=scope,
             refresh=settings.refresh,
+            parallel=settings.parallel_batches or 1,
         )
 
     @functools.cached_property

@@ -12,8 +12,6 @@ from importlib import metadata as packages
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from graph_tools.errors import ZsqError
 from graph_tools.image_input import ImageInput
 from graph_tools.model import Model, initializers
@@ -21,6 +19,7 @@ from pipeline.generate.checkpoints import Checkpoints, Identity, open_checkpoint
 from pipeline.generate.defaults import default_batch_size
 from pipeline.generate.faults import OutOfMemoryError, memory_guard
 from pipeline.preprocessing import Preprocessing
+from pipeline.ranks import PeerLostError, Ranks
 from pipeline.settings import CheckpointSettings, GenerateSettings
 from pipeline.stopping import deferred_stop
 
@@ -72,16 +71,18 @@ def identity_of(
 
 @contextlib.contextmanager
 def keeping(
-    output: Path, settings: CheckpointSettings, identity: Identity
+    output: Path, settings: CheckpointSettings, identity: Identity, ranks: Ranks
 ) -> Iterator[Checkpoints]:
     """Keep checkpoints beside ``output`` while the block runs; errors say which one is kept."""
-    with open_checkpoints(output, identity, settings) as checkpoints:
+    with open_checkpoints(output, identity, settings, ranks) as checkpoints:
         try:
             yield checkpoints
         except ZsqError as error:
             if newest := checkpoints.newest():
                 kept = f"the last good checkpoint is kept: {newest}"
                 error.hint = f"{error.hint}; {kept}" if error.hint else kept
+            if ranks.count > 1 and not isinstance(error, PeerLostError):
+                ranks.fail()
             raise
 
 
@@ -110,6 +111,9 @@ def with_smaller_batches(
         entry.height, entry.width, settings.device
     )
     size = checkpoints.lowered_to or size
+    # Optimizers import this when they are first used, and where memory has run out that fails.
+    import torch._dynamo
+
     while True:
         try:
             with deferred_stop() as stop, memory_guard():
@@ -118,6 +122,12 @@ def with_smaller_batches(
         except OutOfMemoryError as error:
             reason = str(error).strip().partition("\n")[0] or "no more is known"
         fits = min(size, settings.num_images)
+        if checkpoints.ranks.count > 1:
+            raise ZsqError(
+                f"a batch does not fit into memory ({reason})",
+                where=f"process {checkpoints.ranks.rank}",
+                hint=f"give a smaller --batch-size, such as {max(1, fits // 2)}",
+            )
         if fits == 1:
             raise ZsqError(
                 f"not even a single image fits into memory ({reason})",

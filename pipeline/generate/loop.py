@@ -6,12 +6,18 @@ that the other batches of its scope last had, and moves the batch's canvases alo
 As in DGH's published code, and unlike its Algorithm 1, a batch's stored moments are those of the
 forward pass that its gradient came from: one forward and one backward pass a step. They are out of
 date by a step of their batch; `OptimizeSettings.refresh` says how often all are measured anew.
+
+Published is one batch after the other, each by totals that the one before has just changed. With
+several processes (`pipeline.ranks`) as many batches advance at the same time
+(`pipeline.generate.exchange`), each by the totals from before the step, so that the others' moments
+are older by up to one step of each. That schedule is a setting of its own, which one process can
+follow, too: what it gives depends on how many batches advance together, not on how many processes
+there are.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, chain
 from typing import Literal
@@ -19,17 +25,19 @@ from typing import Literal
 import numpy as np
 import torch
 
-from graph_tools.errors import GenerationError
+from graph_tools.errors import SettingsError
 from pipeline.generate.checkpoints import Stage
-from pipeline.generate.faults import first_non_finite
+from pipeline.generate.exchange import Moved, draw_order, exchange
+from pipeline.generate.faults import named_fault
 from pipeline.generate.network import Network
 from pipeline.generate.objective import Objective
-from pipeline.generate.prior import ImagePrior
+from pipeline.generate.prior import ImagePrior, View
 from pipeline.generate.schedule import Plateau
 from pipeline.generate.snapshot import Snapshot, State
 from pipeline.generate.statistics import Sums
 from pipeline.generate.step import Step, measure_batch
 from pipeline.generate.store import Batch, BatchStore, part_name
+from pipeline.ranks import ALONE, Ranks
 
 __all__ = ["LossRecord", "OnStep", "OptimizeSettings", "optimize"]
 
@@ -80,6 +88,7 @@ class OptimizeSettings:
         refresh: iterations between measurements of all batches as they are shown next. With 1
             every gradient is that of the loss over all images at once, for one more forward
             pass a step; 0 for never.
+        parallel: batches that advance at the same time.
     """
 
     iterations: int
@@ -92,6 +101,7 @@ class OptimizeSettings:
     forgets: bool = True
     scope: int = 0
     refresh: int = 0
+    parallel: int = 1
 
     def plateau(self) -> Plateau:
         """Return the learning rate of a batch."""
@@ -110,6 +120,7 @@ def optimize(
     generator: torch.Generator,
     on_step: OnStep | None = None,
     stage: Stage | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Sums, list[LossRecord]]:
     """Fill a store with optimized canvases.
 
@@ -122,16 +133,24 @@ def optimize(
         generator: source of all randomness, on the CPU.
         on_step: called after each step of each batch.
         stage: where checkpoints go, and where to go on from.
+        ranks: the processes of the run; each holds the batches that it owns.
 
     Returns:
         The statistics of all images before the first step, and the loss of every iteration.
 
     Raises:
         GenerationError: the loss is not finite; names the first site that is not.
+        SettingsError: several batches are to advance at once, and the objective cannot do that.
         Interrupted: the end was asked for; there is a checkpoint.
         DataError: no checkpoint can be written.
     """
-    run = _Run(store, network, prior, objective, settings, generator)
+    if objective.one_by_one and settings.parallel > 1:
+        raise SettingsError(
+            "this method compares each batch with what the others last were, one after the other",
+            where=f"--parallel-batches {settings.parallel}",
+            hint="leave it out, and use one process",
+        )
+    run = _Run(store, network, prior, objective, settings, generator, ranks)
     found = stage.restore() if stage is not None else None
     if found is None:
         run.start()
@@ -164,8 +183,10 @@ class _Run:
         objective: Objective,
         settings: OptimizeSettings,
         generator: torch.Generator,
+        ranks: Ranks,
     ) -> None:
         self._store, self._network, self._prior = store, network, prior
+        self._ranks = ranks
         self._objective, self._settings, self._generator = objective, settings, generator
         self._group = _groups(len(store.sizes), settings.scope)
         self._firsts = [0, *accumulate(store.sizes)]
@@ -185,30 +206,41 @@ class _Run:
 
     def start(self) -> None:
         """Draw all canvases and measure them."""
-        totals, group, prior = self._totals, self._group, self._prior
-        for index, size in enumerate(self._store.sizes):
-            canvas = prior.start(size, self._generator).to(self._network.device)
-            batch = self._store.create(index, canvas)
-            images = prior.render(batch.canvas.detach(), prior.center())
-            batch.set_sums(measure_batch(images, self._network, self._objective.targets))
-            totals[group[index]] = totals[group[index]] + batch.sums
-        self.before = totals[0]
-        for total in totals[1:]:
+        prior, places = self._prior, range(len(self._store.sizes))
+        for index in places:
+            # Everywhere, for the random state that comes after it.
+            canvas = prior.start(self._store.sizes[index], self._generator)
+            if self._ranks.owns(index):
+                self._store.create(index, canvas.to(self._network.device))
+        self._measure((index, prior.center()) for index in places)
+        self.before = self._totals[0]
+        for total in self._totals[1:]:
             self.before = self.before + total
 
     def step(self, on_step: OnStep | None) -> None:
-        """Move one batch, the next one in an order drawn anew for every iteration."""
-        count = len(self._store.sizes)
+        """Move the next batches in an order drawn anew for every iteration.
+
+        They are `OptimizeSettings.parallel` many. Each sees of the others the moments from before
+        this step; the totals then take all new moments in one fixed order, so that it does not
+        matter which process moved which batch.
+        """
+        count, lanes = len(self._store.sizes), self._settings.parallel
         if not self._rows:
-            self._order = torch.randperm(count, generator=self._generator).tolist()
+            self._order = draw_order(count, lanes, self._generator)
             refresh = self._settings.refresh
             if refresh and self.iteration % refresh == 0:
                 self._refresh()
-        index = self._order[len(self._rows)]
-        self._rows.append(self._move(index))
-        if on_step is not None:
-            done, steps = len(self._rows), self._settings.iterations * count
-            on_step(self.iteration * count + done, steps, self._rows[-1])
+        indices = self._order[len(self._rows) : len(self._rows) + lanes]
+        zero = self._objective.targets.zero()
+        results = exchange(self._moved(indices), len(indices), zero, self._ranks)
+        for index, moved in zip(indices, results, strict=True):
+            group, plateau = self._group[index], self._plateaus[index]
+            self._totals[group] = (self._totals[group] - moved.old) + moved.new
+            plateau.step(moved.terms["statistics"])
+            self._rows.append({**moved.terms, "learning_rate": plateau.rate})
+            if on_step is not None:
+                done, steps = len(self._rows), self._settings.iterations * count
+                on_step(self.iteration * count + done, steps, self._rows[-1])
         if len(self._rows) == count:
             rows, self._rows = self._rows, []
             mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
@@ -223,47 +255,62 @@ class _Run:
         """
         ahead = torch.Generator()
         ahead.set_state(self._generator.get_state())
-        targets = self._objective.targets
-        self._totals = [targets.zero() for _ in self._totals]
-        for index in self._order:
-            batch = self._store.get(index)
-            view = self._prior.draw(ahead, self._store.sizes[index])
-            images = self._prior.render(batch.canvas.detach(), view)
-            batch.set_sums(measure_batch(images, self._network, targets))
-            group = self._group[index]
-            self._totals[group] = self._totals[group] + batch.sums
+        sizes = self._store.sizes
+        self._measure((index, self._prior.draw(ahead, sizes[index])) for index in self._order)
 
-    def _move(self, index: int) -> dict[str, float]:
-        """Move one batch; return its loss terms."""
-        settings, group = self._settings, self._group[index]
-        batch = self._store.get(index)
-        view = self._prior.draw(self._generator, self._store.sizes[index])
-        others = self._totals[group] - batch.sums
-        step = Step(
-            batch,
-            view,
-            others,
-            self._network,
-            self._prior,
-            self._objective,
-            self._firsts[index],
-        )
-        with _named_fault(step):
-            if settings.output_weight is None and self._objective.heads:
-                due = not self._rows and self.iteration % _WEIGHT_INTERVAL == 0
-                if self._weight is None or due:
-                    measured = settings.output_ratio * step.gradient_ratio()
-                    weight = self._weight
-                    self._weight = measured if weight is None else (weight + measured) / 2
-            assert self._weight is not None
-            own, terms = step.backward(self._weight)
-        plateau = self._plateaus[index]
-        _move(batch, settings.optimizer, plateau.rate, self.iteration)
-        plateau.step(terms["statistics"])
-        batch.set_sums(own)
-        self._totals[group] = others + own
-        terms["learning_rate"] = plateau.rate
-        return terms
+    def _measure(self, shown: Iterable[tuple[int, View]]) -> None:
+        """Measure all batches anew, each by a view; batch after batch is of the next process."""
+        targets, order, own = self._objective.targets, [], []
+        zero = targets.zero()
+        for index, view in shown:
+            order.append(index)
+            if self._ranks.owns(index):
+                batch = self._store.get(index)
+                images = self._prior.render(batch.canvas.detach(), view)
+                sums = measure_batch(images, self._network, targets)
+                batch.set_sums(sums)
+                own.append(Moved(zero, sums, {}))
+        self._totals = [zero for _ in self._totals]
+        for index, moved in zip(
+            order, exchange(own, len(order), zero, self._ranks), strict=True
+        ):
+            group = self._group[index]
+            self._totals[group] = self._totals[group] + moved.new
+
+    def _moved(self, indices: Sequence[int]) -> list[Moved]:
+        """Move those of some batches that are here."""
+        settings, ranks = self._settings, self._ranks
+        views = [self._prior.draw(self._generator, self._store.sizes[i]) for i in indices]
+        automatic = settings.output_weight is None and bool(self._objective.heads)
+        due = automatic and not self._rows and self.iteration % _WEIGHT_INTERVAL == 0
+        if due and not ranks.owns(indices[0]):
+            self._weight = ranks.broadcast_number(0.0, ranks.owner(indices[0]))
+        found = []
+        for place, (index, view) in enumerate(zip(indices, views, strict=True)):
+            if not ranks.owns(index):
+                continue
+            batch = self._store.get(index)
+            old = batch.copy_sums()
+            step = Step(
+                batch,
+                view,
+                self._totals[self._group[index]] - old,
+                self._network,
+                self._prior,
+                self._objective,
+                self._firsts[index],
+            )
+            with named_fault(step.values):
+                if due and place == 0:
+                    weight = settings.output_ratio * step.gradient_ratio()
+                    weight = weight if self._weight is None else (self._weight + weight) / 2
+                    self._weight = ranks.broadcast_number(weight, ranks.rank)
+                assert self._weight is not None
+                own, terms = step.backward(self._weight)
+            _move(batch, settings.optimizer, self._plateaus[index].rate, self.iteration)
+            batch.set_sums(own)
+            found.append(Moved(old, own, terms))
+        return found
 
     def state(self) -> State:
         """Return all that the steps to come depend on."""
@@ -286,7 +333,7 @@ class _Run:
             ("before", before),
             ("objective", self._objective.state()),
         )
-        return State(facts=facts, parts=chain(parts, self._store.parts()))
+        return State(facts=facts, parts=chain(parts, self._store.parts(self._ranks)))
 
     def load(self, found: Snapshot) -> None:
         """Go on from what `state` gave."""
@@ -306,18 +353,9 @@ class _Run:
         self.before = Sums(*(before[name].to(device) for name in names))
         self._objective.load_state(found.part("objective"))
         for index in range(len(self._store.sizes)):
-            self._store.put(index, found.part(part_name(index)))
-
-
-@contextlib.contextmanager
-def _named_fault(step: Step) -> Iterator[None]:
-    """Name the first tensor that is not finite where the loss is all that is known not to be."""
-    try:
-        yield
-    except GenerationError as error:
-        if not error.where and step.values is not None:
-            error.where = first_non_finite(step.values)
-        raise
+            tensors = found.part(part_name(index))
+            if self._ranks.owns(index):
+                self._store.put(index, tensors)
 
 
 def _groups(batches: int, scope: int) -> Sequence[int]:

@@ -10,6 +10,7 @@ A method's objective derives from `Objective` and overrides what it needs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -27,10 +28,13 @@ class Objective:
     Attributes:
         targets: the tensors whose moments the loss is about, and what they should be.
         heads: names of the outputs to stretch; empty where there is no output loss.
+        one_by_one: whether a batch is compared with what others last were, so that no two can
+            advance at the same time.
     """
 
     targets: SiteTargets
     heads: Sequence[str] = ()
+    one_by_one: ClassVar[bool] = False
 
     def measure(self, values: Mapping[str, Tensor], first: int) -> Sums:
         """Return the moments of some images, differentiable.

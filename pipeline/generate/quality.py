@@ -34,7 +34,7 @@ from pipeline.images import ImageSet
 from pipeline.preprocessing import Preprocessing
 from pipeline.settings import GenerateSettings
 
-__all__ = ["Quality", "measure_quality"]
+__all__ = ["UNMEASURED", "Quality", "measure_quality"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,19 @@ class Quality:
     reference_similarity: float | None
     line: str
     warnings: tuple[str, ...]
+
+
+UNMEASURED = Quality(
+    mean_error_before=None,
+    mean_error_after=None,
+    std_error_before=None,
+    std_error_after=None,
+    output_range=None,
+    similarity=None,
+    reference_similarity=None,
+    line="not measured",
+    warnings=(),
+)
 
 
 def measure_quality(

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -166,6 +167,7 @@ class SadagObjective(DghObjective):
         agreement: these terms.
     """
 
+    one_by_one: ClassVar[bool] = True
     agreement: Agreement
 
     def images(self, values: Mapping[str, Tensor], first: int) -> Tensor:

@@ -20,8 +20,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
+
+from pipeline.ranks import Ranks
 
 __all__ = ["DamagedSnapshotError", "Snapshot", "State", "read_snapshot", "write_snapshot"]
 
@@ -59,6 +61,21 @@ class Snapshot:
     def part(self, name: str) -> dict[str, Tensor]:
         """Return a group of tensors, on the CPU."""
         tensors: dict[str, Tensor] = load_file(_file(self.folder, name))
+        return tensors
+
+    def shared(self, ranks: Ranks) -> Snapshot:
+        """Return a snapshot whose parts all processes read at once; process 0 has the files."""
+        return _Shared(folder=self.folder, facts=self.facts, ranks=ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shared(Snapshot):
+    ranks: Ranks
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        path = _file(self.folder, name)
+        data = path.read_bytes() if self.ranks.rank == 0 else b""
+        tensors: dict[str, Tensor] = load(self.ranks.broadcast_bytes(data))
         return tensors
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from graph_tools.errors import DataError
 from pipeline.generate.statistics import Sums
+from pipeline.ranks import Ranks
 
 __all__ = [
     "Batch",
@@ -70,6 +71,11 @@ class Batch:
             sums.first,
             sums.second,
         )
+
+    def copy_sums(self) -> Sums:
+        """Return the contribution to the statistics, to keep."""
+        own = self.sums
+        return Sums(own.count.clone(), own.first.clone(), own.second.clone())
 
     def set_sums(self, sums: Sums) -> None:
         """Replace the contribution to the statistics."""
@@ -139,10 +145,16 @@ class BatchStore:
             self._current = index
         return batch
 
-    def parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield each batch's tensors by name; they change with the next one."""
+    def parts(self, ranks: Ranks) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield each batch's tensors by name, wherever it is; they change with the next one."""
         for index in range(len(self.sizes)):
-            yield part_name(index), dict(zip(_NAMES, self.get(index).tensors, strict=True))
+            if ranks.owns(index):
+                batch = self.get(index)
+            else:  # room for it
+                self._put_away()
+                batch, self._current = self._batches[index], None
+            tensors = [ranks.broadcast(t, ranks.owner(index)) for t in batch.tensors]
+            yield part_name(index), dict(zip(_NAMES, tensors, strict=True))
 
     def put(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Set a batch to what `parts` gave."""
