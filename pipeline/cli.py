@@ -137,7 +137,7 @@ class Generate:
 
         from pipeline.generate import generate
         from pipeline.record import describe_generation, describe_restoration
-        from pipeline.run import doubts_of, preprocessing_of, quantizer_of, restored_from
+        from pipeline.run import preprocessing_of, quantizer_of, restored_from
 
         _check_output(self.output, ".npz")
         if self.common.threads:
@@ -160,7 +160,6 @@ class Generate:
         facts = describe_generation(generated, self.generation, model)
         facts["output"] = str(self.output)
         facts["preprocessing"] = generated.preprocessing.to_dict()
-        facts["warnings"] += doubts_of(model, preprocessing, seed=self.generation.seed)
         if restoration is not None and self.bn_from is not None:
             facts["restoration"] = describe_restoration(restoration, self.bn_from)
         _warn(self.common, facts["warnings"])
