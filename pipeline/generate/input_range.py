@@ -59,7 +59,7 @@ _OTHER = {
 }
 _RANGES = ((0.0, 255.0), (0.0, 1.0), (-1.0, 1.0))
 _USUAL_STD = 0.5  # between that of pixels in 0..1 and of standardized ones
-_DOUBTFUL = 1.0  # error in sigmas from which a given normalization is doubted, if another one
+_DOUBTFUL = 0.5  # error in sigmas from which a given normalization is doubted, if another one
 _CLEARLY_LESS = 0.5  # has at most this share of it
 
 
