@@ -138,7 +138,7 @@ class Generate:
         from pipeline.generate import generate
         from pipeline.ranks import join_ranks
         from pipeline.record import describe_generation, describe_restoration
-        from pipeline.run import doubts_of, preprocessing_of, quantizer_of, restored_from
+        from pipeline.run import preprocessing_of, quantizer_of, restored_from
 
         if _started_rank() == 0:
             _check_output(self.output, ".npz")
@@ -169,7 +169,6 @@ class Generate:
         facts = describe_generation(generated, self.generation, model)
         facts["output"] = str(self.output)
         facts["preprocessing"] = generated.preprocessing.to_dict()
-        facts["warnings"] += doubts_of(model, preprocessing, seed=self.generation.seed)
         if restoration is not None and self.bn_from is not None:
             facts["restoration"] = describe_restoration(restoration, self.bn_from)
         _warn(self.common, facts["warnings"])

@@ -226,10 +226,13 @@ def quantize_file(
                 target_warnings=tuple(
                     not_taken(profile, network, tuple(quantization.plan.absorbed))
                 ),
-                input_warnings=doubts_of(model, preprocessing, seed=job.generation.seed),
+                input_warnings=()
+                if generated is not None  # it says so itself
+                else doubts_of(model, preprocessing, seed=job.generation.seed),
             )
             report = record.to_dict(clock.seconds)
-        pictures = preprocessing.invert(images.load(_GRID), model.input.layout)
+        shown = preprocessing if generated is None else generated.preprocessing
+        pictures = shown.invert(images.load(_GRID), model.input.layout)
         write_report(work, report, pictures)
         write_run_json(work / "run.json", report)
         folder = _publish(work, written, job.output)
@@ -291,9 +294,8 @@ def given_preprocessing(settings: InputSettings) -> Preprocessing | None:
 
 def doubts_of(model: Model, preprocessing: Preprocessing, *, seed: int = 0) -> tuple[str, ...]:
     """What in the network speaks against a normalization that the user gave."""
-    if preprocessing.source != "given":
-        return ()
-    return tuple(filter(None, [doubt(model, preprocessing, seed=seed)]))
+    found = doubt(model, preprocessing, seed=seed) if preprocessing.source == "given" else None
+    return () if found is None else (found.text,)
 
 
 def preprocessing_of(model: Model, settings: InputSettings, *, seed: int = 0) -> Preprocessing:

@@ -34,7 +34,7 @@ from pipeline.generate.defaults import (
     default_num_images,
 )
 from pipeline.generate.heads import find_heads
-from pipeline.generate.input_range import guess_preprocessing
+from pipeline.generate.input_range import doubt, guess_preprocessing
 from pipeline.generate.job import Job, Made
 from pipeline.generate.keeping import identity_of, keeping, with_smaller_batches
 from pipeline.generate.loop import LossRecord, OnStep
@@ -132,7 +132,8 @@ def generate(
         model: the network.
         settings: method, number of images, seed and so on.
         path: the .npz file to write; whole or absent.
-        preprocessing: how pixels become the model's input; guessed if None.
+        preprocessing: how pixels become the model's input; guessed if None, or if it was given
+            and the first BatchNormalization contradicts it, with a warning.
         quantizer: quantizes the network; for method sadag.
         on_step: called as (done, total, loss terms).
         checkpoints: when to write them, and whether to go on from one.
@@ -168,6 +169,14 @@ def generate(
     if preprocessing is None:
         preprocessing = guess_preprocessing(model, seed=settings.seed)
         notes.append(f"input normalization {preprocessing.source}")
+    doubts: tuple[str, ...] = ()
+    if preprocessing.source == "given":
+        found = doubt(model, preprocessing, seed=settings.seed)
+        if found is not None and method == "noise":  # looks at no statistics
+            doubts = (found.text,)
+        elif found is not None:
+            preprocessing = found.better
+            doubts = (f"{found.text}; the images are made by the latter",)
     if sites:
         notes.append(f"{len(sites)} BatchNormalization node(s) found and observed")
     notes += _missing_statistics(model, bool(sites))
@@ -227,7 +236,7 @@ def generate(
         quality=quality,
         seconds=seconds,
         notes=(*notes, *kept.notes),
-        warnings=(*kept.warnings, *_warnings(method, bool(sites)), *quality.warnings),
+        warnings=(*doubts, *kept.warnings, *_warnings(method, bool(sites)), *quality.warnings),
     )
 
 

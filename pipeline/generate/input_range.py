@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,7 +34,7 @@ from pipeline.preprocessing import Preprocessing
 if TYPE_CHECKING:
     from pipeline.preprocessing import ChannelOrder
 
-__all__ = ["doubt", "guess_preprocessing", "natural_noise"]
+__all__ = ["Doubt", "doubt", "guess_preprocessing", "natural_noise"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ _OTHER = {
 }
 _RANGES = ((0.0, 255.0), (0.0, 1.0), (-1.0, 1.0))
 _USUAL_STD = 0.5  # between that of pixels in 0..1 and of standardized ones
-_DOUBTFUL = 1.0  # error in sigmas from which a given normalization is doubted, if another one
+_DOUBTFUL = 0.5  # error in sigmas from which a given normalization is doubted, if another one
 _CLEARLY_LESS = 0.5  # has at most this share of it
 
 
@@ -111,8 +111,21 @@ def guess_preprocessing(
     return replace(chosen, source=f"guessed: {name}{order} (error {error:.2f} sigma{trust})")
 
 
-def doubt(model: Model, given: Preprocessing, *, seed: int = 0) -> str:
-    """Say what speaks against a normalization that was given; empty if nothing does.
+@dataclass(frozen=True, kw_only=True)
+class Doubt:
+    """A normalization that was given, and does not fit the network.
+
+    Args:
+        text: what speaks against it.
+        better: one that fits.
+    """
+
+    text: str
+    better: Preprocessing
+
+
+def doubt(model: Model, given: Preprocessing, *, seed: int = 0) -> Doubt | None:
+    """Say what speaks against a normalization that was given; None if nothing does.
 
     Args:
         model: the network.
@@ -121,18 +134,18 @@ def doubt(model: Model, given: Preprocessing, *, seed: int = 0) -> str:
     """
     sites = find_batch_norms(model)[:1]
     if not sites:
-        return ""
+        return None
     trial = _Trial(model, sites[0], seed)
     error = trial.error(given)
     if error < _DOUBTFUL:
-        return ""
-    name, _, least = _best(trial, model.input.channels, given.channels)
+        return None
+    name, better, least = _best(trial, model.input.channels, given.channels)
     if not least <= min(_GOOD, _CLEARLY_LESS * error):
-        return ""
-    return (
-        f"the normalization that was given contradicts the first BatchNormalization: it is off "
-        f"by {error:.1f} sigma, {name} by {least:.1f}; without --mean, --std and --range it is "
-        "found"
+        return None
+    return Doubt(
+        text="the normalization that was given contradicts the first BatchNormalization: it is "
+        f"off by {error:.1f} sigma, {name} by {least:.1f}",
+        better=replace(better, source=f"guessed: {name}, against what was given"),
     )
 
 

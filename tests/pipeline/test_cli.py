@@ -170,7 +170,7 @@ def test_the_normalization_is_said_and_doubted(digits, tmp_path, capsys):
     assert "normalization: mean 0.5, std 0.5, channels rgb, source model metadata" in out
     code, out, err = run(capsys, *words, "--range", "0,255", "--json")
     assert code == 0
-    assert "contradicts the first BatchNormalization" in json.loads(out)["warnings"][-1]
+    assert "contradicts the first BatchNormalization" in json.loads(out)["warnings"][0]
     assert json.loads(out)["preprocessing"]["std"] == pytest.approx([1 / 255])
     for given in (["--range=-1,1"], ["--range", "-1,1"]):
         code, out, err = run(capsys, *words, *given, "--json")

@@ -15,8 +15,10 @@ from graph_tools.errors import ModelError
 from graph_tools.input_affine import find_input_affine
 from graph_tools.model import load
 from pipeline.evaluate.sessions import open_session
+from pipeline.generate import generate
 from pipeline.generate.input_range import doubt, guess_preprocessing
 from pipeline.preprocessing import Preprocessing
+from pipeline.settings import GenerateSettings
 
 MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
 STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
@@ -101,7 +103,7 @@ def test_the_graph_says_which_pixels_it_takes(
     assert f"pixels in {name.split(',')[0]}" in found.source
     assert found.channels == ("bgr" if form == "bgr" else "rgb")
     assert (form == "uint8") == model.input.integer
-    assert not doubt(model, found)
+    assert doubt(model, found) is None
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     bare = open_session(cifar, threads=1).scores(
@@ -157,13 +159,31 @@ def test_the_walk_ends_where_more_than_a_channel_s_scale_begins(make_model):
     ("given", "doubted"),
     [
         (Preprocessing(mean=tuple(MEAN), std=tuple(STD)), False),
-        (Preprocessing.of_range(-1, 1), False),
+        (Preprocessing.of_range(-1, 1), True),
         (Preprocessing.of_range(0, 255), True),
     ],
 )
 def test_a_normalization_that_cannot_be_is_doubted(
     cifar: Path, given: Preprocessing, doubted: bool
 ):
-    text = doubt(load(cifar), given)
-    assert bool(text) == doubted
-    assert not doubted or "ImageNet's mean and std by 0." in text
+    found = doubt(load(cifar), given)
+    assert (found is not None) == doubted
+    if found is not None:
+        assert "ImageNet's mean and std by 0." in found.text
+        assert found.better.mean == pytest.approx(MEAN.tolist())
+
+
+def test_images_do_not_follow_a_normalization_that_cannot_be(cifar: Path, tmp_path: Path):
+    """They are those that are made when the right one is given."""
+    model = load(cifar)
+    settings = GenerateSettings(num_images=4, iterations=2)
+    images = []
+    for given in (
+        Preprocessing(mean=tuple(MEAN), std=tuple(STD)),
+        Preprocessing.of_range(0, 255),
+    ):
+        made = generate(model, settings, tmp_path / "i.npz", preprocessing=given)
+        images.append(made.images.load())
+    np.testing.assert_allclose(images[1], images[0], atol=1e-4)
+    assert "the images are made by the latter" in made.warnings[0]
+    assert made.preprocessing.source.endswith("against what was given")
