@@ -10,9 +10,18 @@ from pipeline.settings import GenerateSettings
 __all__ = ["Watched"]
 
 _GENERAL = frozenset(
-    ("method", "num_images", "batch_size", "seed", "device", "engine", "oversample")
+    (
+        "method",
+        "num_images",
+        "batch_size",
+        "seed",
+        "device",
+        "engine",
+        "oversample",
+        "parallel_batches",
+    )
 )
-"""What is read for every method, before it begins."""
+"""What is read or set for every method, before it begins."""
 
 
 class Watched:
