@@ -67,6 +67,8 @@ class TensorComparison:
         noise_power: mean of ``(s - q)^2``.
         elements: how many were compared.
         histogram: where asked for.
+        same_top1: of floats with one row of two or more values an image, such as class scores,
+            the share of images whose largest value is at the same place; else None.
     """
 
     sqnr_db: float | None
@@ -76,6 +78,7 @@ class TensorComparison:
     elements: int
     histogram: Histogram | None = None
     agreement: float | None = None
+    same_top1: float | None = None
 
 
 def with_outputs(proto: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
@@ -200,6 +203,7 @@ class _Meter:
         self.elements = 0
         self.counter = _Counter() if with_histogram else None
         self.equal = 0
+        self.rows = self.same_rows = 0
         self.is_integer = self.is_selection = False
 
     def update(self, name: str, first: npt.NDArray[Any], second: npt.NDArray[Any]) -> None:
@@ -218,6 +222,12 @@ class _Meter:
                 f"{list(second.shape)} in the quantized one",
                 where=name,
             )
+        if first.ndim > 1 and 1 < max(first.shape[1:]) == first.size // max(len(first), 1):
+            places = (
+                values.reshape(len(values), -1).argmax(axis=1) for values in (first, second)
+            )
+            self.rows += len(first)
+            self.same_rows += int(np.equal(*places).sum())
         s, q = (values.astype(np.float64).reshape(-1) for values in (first, second))
         if self.counter is not None:
             self.counter.add(s, q)
@@ -246,6 +256,7 @@ class _Meter:
             noise_power=self.noise / max(self.elements, 1),
             elements=self.elements,
             histogram=None if self.counter is None else self.counter.histogram(),
+            same_top1=self.same_rows / self.rows if self.rows else None,
         )
 
 

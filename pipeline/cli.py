@@ -282,6 +282,7 @@ class Verify:
     def run(self) -> tuple[int, dict[str, Any]]:
         """Run and compare."""
         from pipeline.proving import verify_file
+        from pipeline.report_targets import add_targets
 
         settings = VerifySettings(
             max_images=self.max_images,
@@ -305,8 +306,11 @@ class Verify:
         if agreement is None:
             return 0 if proof.passed else 1, facts
         facts["targets"] = agreement.to_dict()
+        report = add_targets(self.model, agreement)
         if not _silent(self.common):
             _print_agreement(agreement)
+            if report is not None:
+                _stdout.print(f"report  {report}", markup=False)
         return 0 if proof.passed and agreement.passed else 1, facts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,22 +12,25 @@ from importlib import metadata as packages
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import onnx
 
 from graph_tools.batchnorm import find_affine_leftovers, find_batch_norms
 from graph_tools.compare import TensorComparison, compare_tensors
 from graph_tools.errors import ModelError, ZsqError
-from graph_tools.model import Model, initializers
+from graph_tools.model import Model
 from graph_tools.qdq import dequantized_name
-from graph_tools.quantizer import TensorQuantizer
 from graph_tools.reading import num_bytes, read_outline, read_proto
 from graph_tools.restore import Restoration
+from pipeline.cost import describe_cost
 from pipeline.evaluate.task import Measured
+from pipeline.fidelity import Fidelity
 from pipeline.generate import Generated, default_batch_size
 from pipeline.images import ImageSet
 from pipeline.preprocessing import Preprocessing
 from pipeline.quantize import Quantization
+from pipeline.quantize.ranking import Ranking
 from pipeline.settings import GenerateSettings
+from pipeline.tensor_rows import describe_tensors
 from pipeline.verify.proof import Proof
 
 if TYPE_CHECKING:
@@ -181,6 +185,9 @@ class Record:
         images: calibration images.
         restoration: how BatchNormalization came back; None without a side file.
         generated: None if the images were given.
+        command: that gives this run again.
+        ranking: what each tensor's rounding costs.
+        fidelity: agreement of the two networks on images without labels.
     """
 
     job: QuantizeJob
@@ -193,13 +200,17 @@ class Record:
     quantization: Quantization
     proof: Proof
     accuracies: tuple[Measured, ...]
+    command: str
+    ranking: Ranking
+    fidelity: tuple[Fidelity, ...]
     target_warnings: tuple[str, ...] = ()
     input_warnings: tuple[str, ...] = ()
     restoration: Restoration | None = None
 
     def to_dict(self, times: Mapping[str, float]) -> dict[str, Any]:
         """The report as plain data."""
-        compared = self._compare()
+        written, sha256 = read_proto(self.written)
+        compared = self._compare(written)
         generation = None
         if self.generated is not None:
             generation = describe_generation(self.generated, self.job.generation, self.model)
@@ -210,28 +221,37 @@ class Record:
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
             },
             "model": describe_model(self.model),
+            "command": self.command,
+            "output": {"file": str(self.job.output), "sha256": sha256},
             "settings": flat_settings(self.job),
             "preprocessing": self.preprocessing.to_dict(),
             "restoration": None,
             "generation": generation,
             "quantization": self._quantization(compared, times.get("quantize", 0.0)),
+            "cost": describe_cost(self.network, self.quantization.plan),
+            "sensitivity": self.ranking.to_dict(),
+            "fidelity": {
+                "measures": [fidelity.to_dict() for fidelity in self.fidelity],
+                "estimate": None,
+            },
             "proof": self.proof.to_dict(),
+            "targets": None,
             "evaluation": [accuracy.to_dict() for accuracy in self.accuracies] or None,
             "times": dict(times),
-            "versions": versions(),
+            "versions": {**versions(), "python": platform.python_version()},
         }
         if self.restoration is not None and self.job.bn_from is not None:
             report["restoration"] = describe_restoration(self.restoration, self.job.bn_from)
         report["warnings"] = self._warnings(report)
         return report
 
-    def _compare(self) -> dict[str, TensorComparison]:
+    def _compare(self, written: onnx.ModelProto) -> dict[str, TensorComparison]:
         tensors = self.quantization.plan.tensors
         pairs = {name: dequantized_name(name, self.network.outputs) for name in tensors}
         pairs.update((name, name) for name in self.network.outputs)
         return compare_tensors(
             self.network.proto,
-            read_proto(self.written)[0],
+            written,
             pairs,
             self.images.batches(16, limit=_COMPARED_IMAGES),
             histograms=self.network.outputs,
@@ -242,42 +262,6 @@ class Record:
     ) -> dict[str, Any]:
         plan, mixed = self.quantization.plan, self.quantization.mixed
         operators = {n.name: n.op_type for n in self.network.proto.graph.node}
-        producers = {o: n for n in self.network.proto.graph.node for o in n.output}
-        saturated = {  # unsigned in front of a Clip that stays: what it cuts off is no error
-            node.input[0]
-            for node in self.network.proto.graph.node
-            if node.op_type == "Clip" and node.name not in plan.absorbed
-        }
-        tensors = []
-        for name, quantizer in plan.tensors.items():
-            node = producers.get(name)
-            comparison = compared.get(name) if name not in saturated else None
-            tensors.append(
-                {
-                    "name": name,
-                    "node": node.name if node is not None else "(input)",
-                    "op_type": node.op_type if node is not None else "(input)",
-                    "kind": "activation",
-                    "sqnr_db": None if comparison is None else comparison.sqnr_db,
-                    "clipped_percent": self.quantization.clipped_percent.get(name),
-                    "shares_with": plan.shares.get(name),
-                    **_describe(quantizer),
-                }
-            )
-        floats = initializers(self.network.proto)
-        for name, constant in plan.constants.items():
-            tensors.append(
-                {
-                    "name": name,
-                    "node": constant.node,
-                    "op_type": operators[constant.node],
-                    "kind": "bias" if constant.role == "bias" else "weight",
-                    "sqnr_db": _sqnr(floats[name], constant.values),
-                    "clipped_percent": None,
-                    "shares_with": None,
-                    **_describe(constant.quantizer),
-                }
-            )
         return {
             "scheme": self.job.quantization.scheme,
             "weight_bits": self.job.quantization.weights if mixed is None else mixed.range,
@@ -290,7 +274,7 @@ class Record:
                     *(constant.quantizer for constant in plan.constants.values()),
                 )
             ),
-            "tensors": tensors,
+            "tensors": describe_tensors(self.quantization, self.network, compared),
             "float": [asdict(e) for e in (*plan.float_nodes, *plan.float_results)],
             "absorbed": [
                 {"node": node, "op_type": operators[node], "into": tensor}
@@ -301,6 +285,7 @@ class Record:
                     "name": name,
                     "sqnr_db": compared[name].sqnr_db,
                     "agreement": compared[name].agreement,
+                    "same_top1": compared[name].same_top1,
                     "histogram": histogram.to_dict() if histogram is not None else None,
                 }
                 for name in self.network.outputs
@@ -335,24 +320,3 @@ class Record:
         if not self.proof.passed:
             warnings.append("the proof failed: see the proof section")
         return warnings
-
-
-def _describe(quantizer: TensorQuantizer) -> dict[str, Any]:
-    exponent: Any = quantizer.exponent
-    if isinstance(exponent, tuple):
-        exponent = [min(exponent), max(exponent)]
-    per_tensor = quantizer.axis is None
-    free = None if quantizer.scales is None else [min(quantizer.scales), max(quantizer.scales)]
-    return {
-        "bits": quantizer.bits,
-        "signed": quantizer.signed,
-        "exponent": exponent if free is None else None,
-        "free_scales": free,
-        "threshold": quantizer.threshold if per_tensor else None,
-    }
-
-
-def _sqnr(exact: np.ndarray[Any, Any], approximate: np.ndarray[Any, Any]) -> float | None:
-    signal = float(np.sum(np.square(exact, dtype=np.float64)))
-    noise = float(np.sum(np.square(exact - approximate, dtype=np.float64)))
-    return None if not signal or not noise else 10.0 * float(np.log10(signal / noise))

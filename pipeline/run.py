@@ -24,10 +24,12 @@ from graph_tools.quantizer import Plan
 from graph_tools.restore import Restoration, restore_batch_norms
 from graph_tools.saving import data_file
 from graph_tools.side_file import read_side_file
+from pipeline.command_line import command_of
 from pipeline.evaluate.datasets import open_dataset
 from pipeline.evaluate.placement import Resize
 from pipeline.evaluate.task import Evaluation, Measured, open_evaluation
 from pipeline.export import Exported, export
+from pipeline.fidelity import measure_all
 from pipeline.generate import (
     Generated,
     OnStep,
@@ -42,6 +44,7 @@ from pipeline.generate.input_range import doubt, guess_preprocessing
 from pipeline.images import ImageSet, ImageWriter, open_images
 from pipeline.preprocessing import Preprocessing
 from pipeline.quantize import Quantization, quantize
+from pipeline.quantize.ranking import rank_tensors
 from pipeline.ranks import ALONE, Ranks
 from pipeline.record import Record, metadata, recorded_preprocessing, write_run_json
 from pipeline.report import write_report
@@ -160,6 +163,7 @@ def quantize_file(
         torch.set_num_threads(job.threads)
     if job.output.resolve() == job.model.resolve():
         raise SettingsError("the output is the input", where=str(job.output))
+    command = command_of(job)
     profile = load_profile(job.target)
     lanes = with_lanes(job.generation, ranks)
     job = replace(job, quantization=settings_for(profile, job.quantization), generation=lanes)
@@ -210,6 +214,22 @@ def quantize_file(
             )
         with clock("evaluate"):
             accuracies = _accuracies(job, model, written, preprocessing, evaluation, progress)
+        with clock("rank"):
+            ranking = rank_tensors(
+                quantization,
+                images,
+                correct_biases=job.quantization.bias_correction != "none",
+            )
+        shown = preprocessing if generated is None else generated.preprocessing
+        with clock("fidelity"):
+            fidelity = measure_all(
+                network,
+                written,
+                images,
+                shown,
+                seed=job.generation.seed,
+                threads=job.threads,
+            )
         with clock("compare"):
             record = Record(
                 job=job,
@@ -223,6 +243,9 @@ def quantize_file(
                 quantization=quantization,
                 proof=proof,
                 accuracies=accuracies,
+                command=command,
+                ranking=ranking,
+                fidelity=fidelity,
                 target_warnings=tuple(
                     not_taken(profile, network, tuple(quantization.plan.absorbed))
                 ),
@@ -231,7 +254,6 @@ def quantize_file(
                 else doubts_of(model, preprocessing, seed=job.generation.seed),
             )
             report = record.to_dict(clock.seconds)
-        shown = preprocessing if generated is None else generated.preprocessing
         pictures = shown.invert(images.load(_GRID), model.input.layout)
         write_report(work, report, pictures)
         write_run_json(work / "run.json", report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -31,8 +31,8 @@ from pipeline.quantize.constants import (
 )
 from pipeline.quantize.lockstep import Lockstep
 from pipeline.quantize.mixed_precision import NUM_IMAGES, MixedPrecision, choose_mixed
-from pipeline.quantize.observe import observe
-from pipeline.quantize.placement import Placement, place
+from pipeline.quantize.observe import Histogram, observe
+from pipeline.quantize.placement import Placement, Weighted, place
 from pipeline.quantize.refinement import OnStep, Refinement, without_terms
 from pipeline.quantize.shift_negative import shift_negatives
 from pipeline.quantize.widths import Widths, choose_widths, tensor_bits
@@ -57,6 +57,10 @@ class Quantization:
         clipped_percent: share of each quantized tensor's float values outside its quantizer.
         notes: in words, for the user.
         mixed: how ``--target-size`` chose the bits of the weights; None without it.
+        histograms: of the float network's tensors on the calibration images, from which the
+            thresholds were chosen; by tensor that has a quantizer of its own.
+        weighted: operators with constant weights, by node name.
+        roots: tensors that share a quantizer, with the one that has it.
     """
 
     model: Model
@@ -64,6 +68,9 @@ class Quantization:
     clipped_percent: Mapping[str, float]
     notes: tuple[str, ...]
     mixed: MixedPrecision | None = None
+    histograms: Mapping[str, Histogram] = field(default_factory=dict)
+    weighted: Mapping[str, Weighted] = field(default_factory=dict)
+    roots: Mapping[str, str] = field(default_factory=dict)
 
 
 def quantize(
@@ -150,7 +157,14 @@ def quantize(
     }
     logger.info("%d tensors, %d constants quantized", len(tensors), len(constants))
     return Quantization(
-        model=model, plan=plan, clipped_percent=clipped, notes=tuple(notes), mixed=mixed
+        model=model,
+        plan=plan,
+        clipped_percent=clipped,
+        notes=tuple(notes),
+        mixed=mixed,
+        histograms=histograms,
+        weighted=placement.weighted,
+        roots={**placement.shares, **dict(placement.activations.values())},
     )
 
 

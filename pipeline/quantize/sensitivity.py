@@ -20,12 +20,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from graph_tools.quantizer import TensorQuantizer
 from graph_tools.torch_graph import Step, TorchGraph
 from pipeline.quantize.bias_correction import mean_error
 from pipeline.quantize.lockstep import Batches, Lockstep
 from pipeline.quantize.placement import Weighted
+from pipeline.quantize.simulate import fake_quantize
 
-__all__ = ["measure_sensitivity"]
+__all__ = ["finish", "measure_sensitivity"]
 
 Tensors = dict[str, torch.Tensor]
 
@@ -74,7 +76,7 @@ def measure_sensitivity(
             for batch, outputs in enumerate(exact):
                 values = {name: all_[batch] for name, all_ in lockstep.exact.items()}
                 values[site.output] = results[batch]
-                _finish(graph, graph.steps[index + 1 :], values, weights)
+                finish(graph, graph.steps[index + 1 :], values, weights)
                 for name in errors.keys() & values.keys():  # the others were made before
                     errors[name] += _power(values[name] - outputs[name])
             found[site.weight][bits] = sum(
@@ -104,17 +106,30 @@ def _centered(exact: Batches, rounded: Batches, axis: int) -> Batches:
     return [value + error for value in rounded]
 
 
-def _finish(
-    graph: TorchGraph, steps: Sequence[Step], values: Tensors, weights: Tensors
+def finish(
+    graph: TorchGraph,
+    steps: Sequence[Step],
+    values: Tensors,
+    weights: Tensors,
+    tensors: Mapping[str, TensorQuantizer] | None = None,
 ) -> None:
-    """Compute the rest of the graph in ``values``; only what is still needed stays there."""
+    """Compute the rest of the graph in ``values``; only what is still needed stays there.
+
+    Args:
+        graph: the float network.
+        steps: the rest of its steps.
+        values: all that they read from others; changed in place.
+        weights: replace constants of the graph.
+        tensors: quantizers of tensors that the steps make.
+    """
     last = {name: index for index, step in enumerate(steps) for name in step.inputs}
     with torch.no_grad():
         for index, step in enumerate(steps):
             given = {n: values[n] for n in step.inputs if n in values}
             given.update((n, weights[n]) for n in step.inputs if n in weights)
-            outputs = graph.run_step(step, given)
-            values.update(zip(step.outputs, outputs, strict=False))
+            for name, value in zip(step.outputs, graph.run_step(step, given), strict=False):
+                quantizer = tensors.get(name) if tensors else None
+                values[name] = value if quantizer is None else fake_quantize(value, quantizer)
             for name in (*step.inputs, *step.outputs):
                 if last.get(name, -1) <= index and name not in graph.output_names:
                     values.pop(name, None)

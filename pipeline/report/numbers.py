@@ -9,7 +9,14 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["as_float", "format_bytes", "format_number", "format_seconds", "to_json_values"]
+__all__ = [
+    "as_float",
+    "format_bytes",
+    "format_count",
+    "format_number",
+    "format_seconds",
+    "to_json_values",
+]
 
 
 def to_json_values(value: Any) -> Any:
@@ -81,6 +88,18 @@ def format_bytes(value: Any) -> str:
             return f"{number:.3g} {unit}" if unit != "bytes" else f"{number:.0f} {unit}"
         number /= 1000
     return f"{number:.3g} GB"
+
+
+def format_count(value: Any) -> str:
+    """Write a large number with a decimal prefix: 40.6 M."""
+    number = as_float(value)
+    if number is None or math.isinf(number):
+        return "\N{EN DASH}"
+    for unit in ("", " k", " M", " G"):
+        if abs(number) < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:,.3g} T"
 
 
 def format_seconds(value: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import itertools
 import math
 import re
 import statistics
@@ -18,20 +17,21 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup, escape
 
-from pipeline.report.figures import Series, histogram_chart, line_chart, thumbnails
-from pipeline.report.numbers import as_float, format_bytes, format_number, format_seconds
+from pipeline.report.advice import advise, percent_of_outputs
+from pipeline.report.charts import STATISTICS, charts_of
+from pipeline.report.distribution import distribution
+from pipeline.report.engines import engines
+from pipeline.report.figures import thumbnails
+from pipeline.report.numbers import (
+    as_float,
+    format_bytes,
+    format_count,
+    format_number,
+    format_seconds,
+)
 from pipeline.report.verdict import judge
 
 __all__ = ["render_page"]
-
-_TERMS = {
-    "total": "Total loss",
-    "statistics": "Loss of the statistics",
-    "output": "Output loss",
-    "output_weight": "Weight of the output loss",
-    "learning_rate": "Learning rate (schedule)",
-}
-_STATISTICS = {"mean": "Error of the mean", "std": "Error of the standard deviation"}
 
 
 def render_page(report: Mapping[str, Any], images: npt.NDArray[np.uint8]) -> str:
@@ -55,11 +55,15 @@ def render_page(report: Mapping[str, Any], images: npt.NDArray[np.uint8]) -> str
     environment.filters.update(
         number=format_number,
         bytes=format_bytes,
+        count=format_count,
         seconds=format_seconds,
+        distribution=distribution,
+        of_outputs=percent_of_outputs,
         power=_power,
         percent=_percent,
         plain=_plain,
         bar=_bar,
+        command=_command,
         csp_hash=_csp_hash,
         name=_name,
     )
@@ -68,11 +72,13 @@ def render_page(report: Mapping[str, Any], images: npt.NDArray[np.uint8]) -> str
     return environment.get_template("report.html.j2").render(
         report=report,
         verdict=judge(report),
+        advice=advise(report),
+        engines=engines(report.get("proof") or {}),
         pictures=pictures,
         num_images=max(len(images), int(as_float(generation.get("num_images")) or 0)),
         picture_size=images.shape[1:3],
         **_facts(report),
-        **_charts(report),
+        **charts_of(report),
     )
 
 
@@ -107,9 +113,15 @@ def _name(name: Any) -> Markup:
     return Markup(re.sub(r"(?<=.)[/_.:](?=\w)", r"\g<0><wbr>", text))
 
 
+def _command(text: Any) -> Markup:
+    """Write a command so that no flag breaks behind its dashes."""
+    keep = r'<span class="keep">\g<0></span>'
+    return Markup(re.sub(r"(?<!\S)--[a-z-]+", keep, str(escape(text))))
+
+
 def _plain(value: Any) -> str:
     """Write a setting: words for None and truth values, numbers as numbers."""
-    if value is None:
+    if value is None or value in ("", [], ()):
         return "not set"
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -142,15 +154,28 @@ def _order(tensor: Mapping[str, Any]) -> float:
 
 def _facts(report: Mapping[str, Any]) -> dict[str, Any]:
     tensors = (report.get("quantization") or {}).get("tensors") or []
-    ranked = sorted(tensors, key=_order)
+    kinds = ("activation", "weight", "bias")
+    ranked = sorted(
+        tensors,
+        key=lambda one: (one.get("kind") in kinds and kinds.index(one["kind"]), _order(one)),
+    )
     preprocessing = report.get("preprocessing") or {}
     model = report.get("model") or {}
     model_input = model.get("input") or {}
     shape = model_input.get("shape")
     return {
         "model_name": PurePath(str(model.get("path") or "model")).name,
-        "activations": [one for one in ranked if one.get("kind") == "activation"],
-        "parameters": [one for one in ranked if one.get("kind") != "activation"],
+        "tensors": ranked,
+        "costs": {
+            cost.get("name"): as_float(cost.get("error"))
+            for cost in (report.get("sensitivity") or {}).get("costs") or []
+        },
+        "num_activations": sum(one.get("kind") == "activation" for one in tensors),
+        "float_macs": sum(
+            as_float(row.get("macs")) or 0.0
+            for row in (report.get("cost") or {}).get("macs_by_width") or []
+            if row.get("weights") is None
+        ),
         "input_range": _input_range(preprocessing),
         "num_channels": shape[2 if model_input.get("layout") == "NHWC" else 0] if shape else 0,
         "quantization_notes": [
@@ -191,7 +216,7 @@ def _grouped(nodes: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
 def _match(sites: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the median and worst error over all sites, before and after, per statistic."""
     rows = []
-    for key, title in _STATISTICS.items():
+    for key, title in STATISTICS.items():
         after = [(as_float(site.get(f"{key}_error_after")), site) for site in sites]
         known = [(error, site) for error, site in after if error is not None]
         before = [
@@ -210,123 +235,4 @@ def _match(sites: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "node": site.get("node"),
                 }
             )
-    return rows
-
-
-def _charts(report: Mapping[str, Any]) -> dict[str, Any]:
-    generation = report.get("generation") or {}
-    quantization = report.get("quantization") or {}
-    return {
-        "loss_charts": _loss_charts(generation.get("history") or []),
-        "statistics_charts": _statistics_charts(generation.get("statistics") or []),
-        "tensor_charts": _tensor_charts(quantization.get("tensors") or []),
-        "outputs": _outputs(quantization.get("outputs") or []),
-    }
-
-
-def _loss_charts(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, Markup, Any, Any]]:
-    """Return title, chart, first and last value of every term that is not constant."""
-    steps = [as_float(record.get("iteration")) for record in history]
-    rising = all(
-        a is not None and b is not None and a < b for a, b in itertools.pairwise(steps)
-    )
-    xs = [
-        step if rising and step is not None else float(index)
-        for index, step in enumerate(steps)
-    ]
-    terms = dict.fromkeys(term for record in history for term in record if term != "iteration")
-    charts = []
-    for term in terms:
-        values = [as_float(record.get(term)) for record in history]
-        if len(set(values)) < 2:
-            continue
-        title = _TERMS.get(term, term.replace("_", " ").capitalize())
-        chart = line_chart(
-            [Series(xs=xs, ys=values)],
-            label=f"{title} over the iterations",
-            x_label="iteration",
-        )
-        known = [value for value in values if value is not None]
-        if chart is not None:
-            charts.append((title, chart, known[0], known[-1]))
-    return charts
-
-
-def _statistics_charts(sites: Sequence[Mapping[str, Any]]) -> list[tuple[str, Markup]]:
-    charts = []
-    xs = [float(index + 1) for index in range(len(sites))]
-    for key, title in _STATISTICS.items():
-        series = []
-        for moment in ("before", "after"):
-            ys = [as_float(site.get(f"{key}_error_{moment}")) for site in sites]
-            series.append(
-                Series(
-                    xs=xs,
-                    ys=ys,
-                    style="muted" if moment == "before" else "main",
-                    titles=[
-                        f"{site.get('node')}, {moment}: {format_number(y)}"
-                        for site, y in zip(sites, ys, strict=True)
-                    ],
-                )
-            )
-        chart = line_chart(
-            series,
-            label=f"{title} at each BatchNormalization, before and after",
-            x_label="BatchNormalization, from input to output",
-        )
-        if chart is not None:
-            charts.append((title, chart))
-    return charts
-
-
-def _tensor_charts(tensors: Sequence[Mapping[str, Any]]) -> list[tuple[str, Markup]]:
-    charts = []
-    for kind, noun in (("activation", "activations"), ("weight", "weights")):
-        found = [
-            (tensor, sqnr)
-            for tensor in tensors
-            if tensor.get("kind") == kind
-            and (sqnr := as_float(tensor.get("sqnr_db"))) is not None
-            and math.isfinite(sqnr)
-        ]
-        series = Series(
-            xs=[float(index + 1) for index in range(len(found))],
-            ys=[sqnr for _, sqnr in found],
-            titles=[f"{tensor.get('name')}: {sqnr:.1f} dB" for tensor, sqnr in found],
-            joined=kind == "activation",
-        )
-        chart = line_chart(
-            [series],
-            label=f"SQNR of the {noun} from input to output",
-            x_label=f"{noun}, from input to output",
-            log=False,
-        )
-        if chart is not None:
-            charts.append((f"SQNR of the {noun}, dB", chart))
-    return charts
-
-
-def _floats(values: Sequence[Any] | None) -> list[float]:
-    numbers = [as_float(value) for value in values or []]
-    return [math.nan if number is None else number for number in numbers]
-
-
-def _outputs(outputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    rows = []
-    for output in outputs:
-        histogram = output.get("histogram") or {}
-        chart = histogram_chart(
-            *(_floats(histogram.get(key)) for key in ("edges", "float", "quantized")),
-            label=f"Distribution of output {escape(str(output.get('name')))}",
-            x_label="value",
-        )
-        rows.append(
-            {
-                "name": output.get("name"),
-                "sqnr_db": output.get("sqnr_db"),
-                "agreement": output.get("agreement"),
-                "chart": chart,
-            }
-        )
     return rows

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.report.numbers import as_float, format_bytes, format_number
+from pipeline.report.numbers import as_float, format_bytes, format_count, format_number
+from pipeline.report.summary import basis, sentences
 
 __all__ = ["Fact", "Tone", "Verdict", "judge"]
 
@@ -16,6 +17,7 @@ _WARN: Tone = "warn"
 _BAD: Tone = "bad"
 _POOR_SQNR_DB = 10.0
 _POOR_AGREEMENT = 0.8
+_POOR_DROP = 5.0  # points
 _ARROW = " \N{RIGHTWARDS ARROW} "
 
 
@@ -31,12 +33,21 @@ class Fact:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The sentence at the top: ``lead``, then ``clauses``; ``facts`` repeat it in figures."""
+    """What stands at the top.
+
+    Attributes:
+        title: of the page.
+        lead: the first sentence, without a period; ``tone`` colors it.
+        clauses: more for a terminal, a line each.
+        sentences: more for the page.
+        facts: the same in figures.
+    """
 
     title: str
     lead: str
     tone: Tone
     clauses: tuple[str, ...]
+    sentences: tuple[str, ...]
     facts: tuple[Fact, ...]
 
 
@@ -57,7 +68,7 @@ def judge(report: Mapping[str, Any]) -> Verdict:
         scales = "free weight scales" if free else "not power of two"
     proved, tone, proof_facts, proof_clauses = _proof(report.get("proof"))
     clauses, facts = [*proof_clauses], [*proof_facts]
-    clauses += _basis(report)
+    clauses += basis(report)
     quality = (report.get("generation") or {}).get("quality") or {}
     clauses += [f"images: {quality['line']}"] if quality.get("line") else []
     mixed = quantization.get("mixed_precision")
@@ -65,7 +76,9 @@ def judge(report: Mapping[str, Any]) -> Verdict:
     for clause, fact in (
         _sqnr(quantization.get("outputs") or []),
         _accuracy(report.get("evaluation") or []),
+        _estimate(report),
         _size(quantization.get("bytes") or {}),
+        _macs(report.get("cost") or {}),
     ):
         clauses += [clause] if clause else []
         facts += [fact] if fact else []
@@ -76,30 +89,9 @@ def judge(report: Mapping[str, Any]) -> Verdict:
         lead=f"{bits}, {scales}, {proved}",
         tone=tone,
         clauses=tuple(clauses),
+        sentences=sentences(report),
         facts=tuple(facts),
     )
-
-
-_BASES = {
-    "prior": "images from an image prior, no statistics of the training data: accuracy cannot be "
-    "promised",
-    "noise": "images of Gaussian noise, which tell nothing of the training data",
-}
-
-
-def _basis(report: Mapping[str, Any]) -> list[str]:
-    """Say what the calibration rests on, in words."""
-    method = str((report.get("generation") or {}).get("method"))
-    restoration = report.get("restoration") or {}
-    if method == "dgh" and restoration.get("restored"):
-        restored, candidates = (
-            format_number(restoration.get(key)) for key in ("restored", "candidates")
-        )
-        return [
-            f"images match BatchNormalization statistics restored from a side file at {restored} "
-            f"of {candidates} nodes"
-        ]
-    return [_BASES[method]] if method in _BASES else []
 
 
 def _sqnr(outputs: Sequence[Mapping[str, Any]]) -> tuple[str, Fact | None]:
@@ -156,6 +148,33 @@ def _accuracy(rows: Sequence[Mapping[str, Any]]) -> tuple[str, Fact | None]:
     text = format_number(first, 1) + _ARROW + format_number(last, 1)
     points = f"{'+' if last > first else ''}{format_number(last - first, 2)} points"
     return f"{name} {text}", Fact(label=label, value=text, detail=f"{points}, {count} images")
+
+
+def _estimate(report: Mapping[str, Any]) -> tuple[str, Fact | None]:
+    estimate = (report.get("fidelity") or {}).get("estimate") or {}
+    drop = as_float(estimate.get("drop"))
+    if drop is None or report.get("evaluation"):
+        return "", None
+    low, high = (format_number(estimate.get(key), 1) for key in ("low", "high"))
+    text = f"{format_number(drop, 1)} points"
+    return (
+        f"estimated loss of top-1, without labels: {text} ({low} to {high})",
+        Fact(
+            label="Estimated loss of top-1",
+            value=text,
+            detail=f"{low} to {high}, no labels",
+            tone=_BAD if drop > _POOR_DROP else "",
+        ),
+    )
+
+
+def _macs(cost: Mapping[str, Any]) -> tuple[str, Fact | None]:
+    rows, total = cost.get("macs_by_width") or [], as_float(cost.get("macs"))
+    if not total:
+        return "", None
+    integer = sum(as_float(row.get("macs")) or 0.0 for row in rows if row.get("weights"))
+    share = f"{format_number(100 * integer / total, 1).removesuffix('.0')} % in integers"
+    return "", Fact(label="MACs an image", value=format_count(total), detail=share)
 
 
 def _size(sizes: Mapping[str, Any]) -> tuple[str, Fact | None]:

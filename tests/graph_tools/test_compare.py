@@ -137,3 +137,14 @@ def test_with_outputs_leaves_the_model_alone() -> None:
     before = model.SerializeToString()
     assert [entry.name for entry in with_outputs(model, ["y", "x"]).graph.output] == ["y", "x"]
     assert model.SerializeToString() == before
+
+
+def test_the_same_largest_value_is_counted_where_there_is_one_row_an_image() -> None:
+    x = images()
+    first, second = scaled(1.0), scaled(-1.0)
+    found = compare_tensors(first, second, {"flat": "flat", "y": "y"}, in_batches(x, 6))
+    flat = x.reshape(len(x), -1)
+    assert found["flat"].same_top1 == (flat.argmax(1) == (-flat).argmax(1)).mean() == 0
+    assert found["y"].same_top1 is None
+    equal = compare_tensors(first, scaled(0.5), {"flat": "flat"}, in_batches(x, 7))
+    assert equal["flat"].same_top1 == 1

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,27 @@ import pytest
 from PIL import Image
 
 from graph_tools.errors import SettingsError
+from pipeline.images import ImageWriter
 from pipeline.report import write_report
+from pipeline.report.advice import advise
+from pipeline.report.distribution import distribution
+from pipeline.report.engines import engines
 from pipeline.report.figures import Series, histogram_chart, line_chart, thumbnails
 from pipeline.report.numbers import format_bytes, format_number, format_seconds, to_json_values
 from pipeline.report.verdict import judge
+from pipeline.report_targets import add_targets, describe_targets
 from pipeline.verify.accumulators import Accumulator
 from pipeline.verify.cpu import Cpu
 from pipeline.verify.differences import Difference
 from pipeline.verify.kernels import Kernels, NodeKernel
 from pipeline.verify.proof import Proof, Saturation, TensorProof
+from pipeline.verify.rows import Agreement, TargetRow
 from pipeline.verify.scales import ScaleCheck
 
 SECTIONS = (
-    "model images loss statistics tensors float outputs proof accuracy reproduce".split()
-)
+    "accuracy sensitivity size tensors outputs float proof images loss statistics model "
+    "reproduce"
+).split()
 
 
 def _tensor(index: int, kind: str) -> dict[str, Any]:
@@ -45,7 +53,51 @@ def _tensor(index: int, kind: str) -> dict[str, Any]:
         "sqnr_db": None if kind == "bias" else 44.0 - 0.4 * index + 3 * math.sin(index),
         "clipped_percent": 0.004 * index if kind == "activation" else None,
         "shares_with": "images" if kind == "activation" and index == 1 else None,
+        "histogram": None if kind == "bias" else _histogram(index, kind == "weight"),
     }
+
+
+def _histogram(index: int, relative: bool) -> dict[str, Any]:
+    centers = np.linspace(-1, 1, 48)
+    counts = np.round(1e4 * np.exp(-(centers**2) * (8 + index % 5))).astype(int)
+    high = 1.2 if relative else 1.4 * 2.0 ** (3 - index % 4)
+    found = {"low": -high, "high": high, "counts": counts.tolist()}
+    return {**found, "relative": True} if relative else found
+
+
+def _cost(index: int, kind: str) -> dict[str, Any]:
+    tensor = _tensor(index, kind)
+    name = tensor["node"] if kind == "weight" else tensor["name"]
+    wider = 16 if kind == "activation" else None
+    return {
+        "name": tensor["name"],
+        "kind": kind,
+        "node": tensor["node"],
+        "bits": 8,
+        "wider": wider,
+        "error": 0.03 / (1 + index + (kind == "weight")),
+        "pattern": name,
+        "flag": f"{name}=A16" if wider else None,
+    }
+
+
+def make_agreement() -> Agreement:
+    """What zsq verify --targets found of three compilers."""
+    exact = TargetRow(
+        target="iree", version="3.13.0", compiled=True, ran=True, elements=640,
+        integer_kernels=(0, 21), seconds_per_image=0.0021,
+    )  # fmt: skip
+    far = TargetRow(
+        target="tvm", version="0.25", compiled=True, ran=True, elements=640, differing=12,
+        largest_steps=math.inf,
+    )  # fmt: skip
+    absent = TargetRow(
+        target="openvino", skipped="not installed: zsq targets install openvino"
+    )
+    return Agreement(
+        model="q.onnx", images=64, batch=16, rows=(exact, far, absent), tensors=("logits",),
+        float_nodes=(), cpu=Cpu(machine="x86_64", name="Some CPU", vnni=False, flags=()),
+    )  # fmt: skip
 
 
 def _difference(first: str, second: str, differing: int) -> Difference:
@@ -244,7 +296,34 @@ def make_report(num_layers: int = 19, num_iterations: int = 40) -> dict[str, Any
             "bytes": {"float": 1_103_000, "quantized": 312_400},
             "notes": ["bias correction moved 19 biases"],
         },
+        "command": "zsq quantize exports/cifar10_resnet20.onnx -o q.onnx --mean 0.5 --std 0.5",
+        "output": {"file": "q.onnx", "sha256": "ab12" * 16},
+        "cost": {
+            "macs": 40_600_000,
+            "macs_by_width": [
+                {"weights": 8, "activations": 8, "macs": 40_000_000},
+                {"weights": None, "activations": None, "macs": 600_000},
+            ],
+            "parameters": 270_000,
+            "parameter_bytes": {"float": 1_080_000, "quantized": 280_000},
+        },
+        "sensitivity": {
+            "images": 16,
+            "costs": [_cost(i, kind) for i, kind in kinds if kind != "bias"],
+            "unmeasured": 0,
+            "error": 0.045,
+            "widened": [_tensor(i, "activation")["name"] for i in range(3)],
+            "widened_error": 0.021,
+        },
+        "fidelity": {
+            "measures": [
+                {"kind": "calibration", "images": 256, "agreement": 0.98, "sqnr_db": 27.0},
+                {"kind": "prior", "images": 256, "agreement": 0.92, "sqnr_db": 24.3},
+            ],
+            "estimate": None,
+        },
         "proof": make_proof().to_dict(),
+        "targets": None,
         "evaluation": [
             {
                 "model": "resnet20.onnx",
@@ -291,6 +370,9 @@ class Page(HTMLParser):
             if name == "id":
                 self.ids.append(value or "")
             assert not name.startswith("on"), "an inline event handler"
+
+        if tag in {"td", "th", "dt", "dd", "span"}:
+            self.words.append(" ")  # they stand apart
 
     def handle_endtag(self, tag: str) -> None:
         while self._stack and self._stack.pop() != tag:
@@ -350,9 +432,8 @@ def test_json_is_strict_about_numbers() -> None:
 def test_all_sections_are_present_and_linked(tmp_path: Path) -> None:
     page, _ = write(tmp_path, make_report())
     assert page.ids == SECTIONS
-    assert [value for tag, value in page.references if tag == "a"] == [
-        f"#{section}" for section in SECTIONS
-    ]
+    links = [value for tag, value in page.references if tag == "a"]
+    assert links == ["#accuracy", *(f"#{section}" for section in SECTIONS)]  # first: skip
     report = make_report()
     report["quantization"]["float"] = []
     page, _ = write(tmp_path, report)
@@ -362,18 +443,120 @@ def test_all_sections_are_present_and_linked(tmp_path: Path) -> None:
 def test_verdict_says_the_essentials(tmp_path: Path) -> None:
     page, _ = write(tmp_path, make_report())
     assert (
-        "W8A8, power of two, proved bit-exact on 500 images in onnxruntime; 27 of 27 compute "
-        "nodes are integer kernels; output SQNR 31.2 dB; top-1 81.0 → 80.9."
+        "W8A8, power of two, proved bit-exact on 500 images in onnxruntime "
+        "On 2,000 labeled images top-1 goes from 81.00 to 80.90 % (−0.10 points). "
+        "Weights take 280 kB instead of 1.08 MB; 98.5 % of 40.6 M multiply-accumulates an image "
+        "are in integers (8×8 bits). "
+        "In onnxruntime 27 of 27 compute nodes are integer kernels."
     ) in page.text
+    clauses = judge(make_report()).clauses
+    assert clauses == (
+        "27 of 27 compute nodes are integer kernels",
+        "output SQNR 31.2 dB",
+        "top-1 81.0 → 80.9",
+    )
+
+
+def test_without_labels_the_verdict_estimates(tmp_path: Path) -> None:
+    report = make_report()
+    report["evaluation"] = None
+    report["fidelity"]["estimate"] = {
+        "drop": 1.25,
+        "low": 0.2,
+        "high": 3.41,
+        "note": "So far.",
+    }
+    page, _ = write(tmp_path, report)
+    assert "top-1 falls by 1.2 points (most likely 0.2 to 3.4)." in page.text
+    assert "lie between 0.2 and 3.4. So far." in page.text
+    report["fidelity"]["estimate"] = None
+    page, _ = write(tmp_path, report)
+    assert "signal-to-noise ratio of 31.2 dB on the calibration images" in page.text
+    assert "98.0 % 27.0" in page.text
+
+
+def test_what_costs_most_is_named_with_its_flags(tmp_path: Path) -> None:
+    page, _ = write(tmp_path, make_report())
+    assert "These three tensors cost most: try 16 bits here." in page.text
+    names = [f"/layer1/block{i}/conv/Conv_activation" for i in range(3)]
+    flags = [f"--bits {name}=A16" for name in names]
+    for words in (*flags, " ".join(flags)):
+        assert words in page.text
+    assert "the error of the outputs is 2.1 % instead of 4.5 %" in page.text
+    report = make_report()
+    report["sensitivity"] = None
+    page, _ = write(tmp_path, report)
+    assert "was not measured" in page.text
+
+
+def test_flags_are_quoted_for_a_shell() -> None:
+    report = make_report()
+    report["sensitivity"]["costs"][0]["flag"] = "a b;c=A16"
+    advice = advise(report)
+    assert advice is not None
+    assert shlex.split(advice.suggestions[0].flag) == ["--bits", "a b;c=A16"]
+
+
+def test_engines_and_targets_have_their_rows(tmp_path: Path) -> None:
+    report = make_report()
+    page, _ = write(tmp_path, report)
+    kernels = "integer kernels, exact sums (session.x64quantprecision = 1)"
+    assert f"optimized {kernels} exact 0 of 5,000" in page.text
+    assert "as this CPU has them differs 96 of 5,000 2 500" in page.text
+    assert "zsq verify q.onnx --targets all runs them" in page.text
+    report["targets"] = describe_targets(make_agreement())
+    page, _ = write(tmp_path, report)
+    assert "iree 3.13.0 exact 0 of 640 0 0 of 21 2.1" in page.text
+    assert "tvm 0.25 differs should be exact 12 of 640 not finite" in page.text
+    assert (
+        "openvino not installed skipped not installed: zsq targets install openvino"
+        in page.text
+    )
+
+
+def test_targets_come_into_the_report_of_their_file(tmp_path: Path) -> None:
+    model, report = tmp_path / "q.onnx", make_report()
+    model.write_bytes(b"a quantized file")
+    report["output"]["sha256"] = hashlib.sha256(b"a quantized file").hexdigest()
+    with ImageWriter(tmp_path / "images.npz", count=3, shape=(3, 32, 32)) as writer:
+        writer.append(np.zeros((3, 3, 32, 32), np.float32))
+    assert add_targets(model, make_agreement()) is None  # no report beside it
+    (tmp_path / "q").mkdir()
+    (tmp_path / "images.npz").rename(tmp_path / "q" / "images.npz")
+    write_report(tmp_path / "q", report, make_images())
+    page = add_targets(model, make_agreement())
+    assert page == tmp_path / "q" / "report.html"
+    parsed = Page(page.read_text(encoding="utf-8"))
+    assert "tvm 0.25 differs" in parsed.text
+    assert parsed.tags.count("img") == 3
+    written = json.loads((tmp_path / "q" / "report.json").read_text())
+    targets = written.pop("targets")
+    assert written == {k: v for k, v in report.items() if k != "targets"}
+    assert [row["verdict"] for row in targets["rows"]] == ["exact", "differs", "skipped"]
+    model.write_bytes(b"another file")
+    before = page.read_bytes()
+    assert add_targets(model, make_agreement()) is None
+    (tmp_path / "q" / "report.json").write_text('{"output": 3}')
+    assert add_targets(model, make_agreement()) is None
+    assert page.read_bytes() == before
+
+
+def test_an_interpreter_that_refused_says_why() -> None:
+    proof = make_proof().to_dict()
+    proof["interpreter"]["refused"] = "Softmax has no integer form"
+    row = engines(proof)[-1]
+    assert (row.verdict, row.note) == ("not run", "Softmax has no integer form")
+    assert engines({}) == ()
 
 
 def test_a_failed_proof_leads(tmp_path: Path) -> None:
     report = make_report()
     failure = "logits: 12 elements differ between the unoptimized and the optimized run"
     report["proof"] = make_proof(differing=12, failures=(failure,)).to_dict()
-    page, _ = write(tmp_path, report)
-    lead = "W8A8, power of two, not bit-exact: 12 of 5,000 elements differ in onnxruntime;"
+    page, text = write(tmp_path, report)
+    lead = "W8A8, power of two, not bit-exact: 12 of 5,000 elements differ in onnxruntime"
     assert lead in page.text
+    assert 'class="verdict bad"' in text
     assert page.text.count(failure) == 2
 
 
@@ -383,13 +566,13 @@ def test_an_exact_but_poor_network_is_no_success(tmp_path: Path) -> None:
     report["quantization"]["outputs"][0]["sqnr_db"] = 0.1
     assert judge(report).tone == "warn"
     page, _ = write(tmp_path, report)
-    assert "output SQNR 0.1 dB" in page.text
+    assert "Output SQNR 0.1 dB" in page.text
 
 
 def test_proof_says_what_was_measured(tmp_path: Path) -> None:
     page, _ = write(tmp_path, make_report())
     proof = page.text[
-        page.text.index("Proof The quantized") : page.text.index("Accuracy Model")
+        page.text.index("Proof The quantized") : page.text.index("Generated images 256")
     ]
     for words in (
         "500 images in onnxruntime 1.31.1",
@@ -534,7 +717,7 @@ def test_unbounded_sqnr_survives(tmp_path: Path) -> None:
     report["quantization"]["outputs"][0]["sqnr_db"] = math.inf
     report["generation"]["history"][3]["total"] = math.nan
     page, _ = write(tmp_path, report)
-    assert "output SQNR ∞ dB" in page.text
+    assert "Output SQNR ∞ dB" in page.text
     written = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert written["quantization"]["outputs"][0]["sqnr_db"] == "inf"
     assert written["generation"]["history"][3]["total"] is None
@@ -543,13 +726,29 @@ def test_unbounded_sqnr_survives(tmp_path: Path) -> None:
 def test_tensors_are_listed_worst_first(tmp_path: Path) -> None:
     report = make_report()
     _, text = write(tmp_path, report)
-    section = text[text.index('id="tensors"') : text.index('id="float"')]
+    section = text[text.index('id="tensors"') : text.index('id="outputs"')]
     shown = [float(value) for value in re.findall(r"</span>([\d.]+)</td>", section)]
     expected = [
         sorted(t["sqnr_db"] for t in report["quantization"]["tensors"] if t["kind"] == kind)
         for kind in ("activation", "weight")
     ]
     assert shown == pytest.approx([*expected[0], *expected[1]], abs=0.051)
+
+
+def test_a_distribution_shows_values_and_threshold() -> None:
+    row = {"histogram": {"low": -2.0, "high": 2.0, "counts": [0, 5, 9, 1]}, "threshold": 1.0}
+    drawing = distribution(row)
+    edges = sorted(float(x) for x in re.findall(r'class="edge" x1="([\d.]+)"', drawing))
+    assert edges == [33, 99]  # of 132 units, -2 to 2
+    assert len(re.findall('class="cut"', drawing)) == 2
+    assert "values from −2 to 2, threshold 1" in drawing
+    tops = [float(y) for y in re.findall(r"V([\d.]+)", drawing)]
+    assert min(tops) == 3  # the fullest bin
+    assert tops[0] == 30  # the empty one
+    unsigned = {"histogram": {"low": 0, "high": 4, "counts": [1, 1]}, "threshold": 4.0}
+    assert 'class="cut"' not in distribution(unsigned)
+    for nothing in (None, {}, {"low": 0, "high": 0, "counts": [1]}, {"low": 0, "high": 1}):
+        assert distribution({"histogram": nothing}) == ""
 
 
 def test_equal_reports_give_equal_bytes(tmp_path: Path) -> None:
