@@ -198,6 +198,8 @@ class Quantize:
     """Labelled images: the report then has the accuracy before and after."""
     task: Literal["auto", "classification", "detection"] = "auto"
     """What the model does; auto takes detection where --evaluate has boxes."""
+    held_out: int = 0
+    """Make so many more images with another seed, and measure the fidelity on them, too."""
     verify_images: int = 500
     """Most images that the proof runs on."""
     target: str = "onnxruntime"
@@ -219,6 +221,8 @@ class Quantize:
         from pipeline.run import QuantizeJob, assist, default_output, quantize_file
         from pipeline.target_profiles import load_profile
 
+        if self.held_out < 0:
+            raise SettingsError(f"{self.held_out} is not 0 or more", where="--held-out")
         job = QuantizeJob(
             model=self.model,
             output=self.output or default_output(self.model, self.quantization),
@@ -239,6 +243,7 @@ class Quantize:
             ),
             threads=self.common.threads,
             target=self.target,
+            held_out=self.held_out,
         )
         with join_ranks(self.generation.device) as ranks, _progress(self.common) as progress:
             if ranks.rank:
@@ -440,7 +445,40 @@ class Evaluate:
         return 0, facts
 
 
-Command = Inspect | Expose | Generate | Quantize | Verify | Export | Evaluate | Targets
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """Open the float and the quantized graph side by side, in netron, and the report."""
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """A float and a quantized file; of a quantized one alone its report names the other."""
+    no_browser: bool = False
+    """Only print the addresses."""
+    common: CommonSettings = field(default_factory=CommonSettings)
+
+    def run(self) -> tuple[int, dict[str, Any]]:
+        """Serve until Ctrl-C."""
+        import time
+        import webbrowser
+
+        from pipeline.view import find_shown, open_viewer
+
+        shown = find_shown(self.files)
+        with contextlib.suppress(KeyboardInterrupt), open_viewer(shown) as viewer:
+            if self.common.json:
+                sys.stdout.write(json.dumps(dict(viewer.addresses)) + "\n")
+                sys.stdout.flush()
+            elif not self.common.quiet:
+                for what, address in viewer.addresses:
+                    _stdout.print(f"{what:<10}{address}", markup=False)
+                _stdout.print("Ctrl-C ends it")
+            if not self.no_browser:
+                webbrowser.open(viewer.start)
+            while True:
+                time.sleep(3600)
+        return 0, {}
+
+
+Command = Inspect | Expose | Generate | Quantize | Verify | Export | Evaluate | Targets | View
 _COMMANDS: dict[str, Callable[..., object]] = {
     "inspect": Inspect,
     "expose": Expose,
@@ -450,6 +488,7 @@ _COMMANDS: dict[str, Callable[..., object]] = {
     "export": Export,
     "evaluate": Evaluate,
     "targets": Targets,
+    "view": View,
 }
 
 
@@ -484,7 +523,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0  # the first process does it
         with terminable(), within_memory(arguments[0]):
             code, facts = command.run()
-        if command.common.json and not _started_rank():
+        if command.common.json and facts and not _started_rank():
             sys.stdout.write(json.dumps(_finite(facts), indent=1) + "\n")
         return code
     except ZsqError as error:

@@ -41,6 +41,8 @@ def command_of(job: QuantizeJob) -> str:
         words += ["--verify-images", str(verification.max_images)]
     if verification.interpreter_images is not None:
         words += ["--interpreter-images", str(verification.interpreter_images)]
+    if job.held_out:
+        words += ["--held-out", str(job.held_out)]
     if job.threads:
         words += ["--threads", str(job.threads)]
     return shlex.join(words)

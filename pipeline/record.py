@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections import Counter
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from graph_tools.qdq import dequantized_name
 from graph_tools.reading import num_bytes, read_outline, read_proto
 from graph_tools.restore import Restoration
 from pipeline.cost import describe_cost
+from pipeline.drop import Estimate, estimate_drop
 from pipeline.evaluate.task import Measured
 from pipeline.fidelity import Fidelity
 from pipeline.generate import Generated, default_batch_size
@@ -230,10 +232,7 @@ class Record:
             "quantization": self._quantization(compared, times.get("quantize", 0.0)),
             "cost": describe_cost(self.network, self.quantization.plan),
             "sensitivity": self.ranking.to_dict(),
-            "fidelity": {
-                "measures": [fidelity.to_dict() for fidelity in self.fidelity],
-                "estimate": None,
-            },
+            "fidelity": self._fidelity(),
             "proof": self.proof.to_dict(),
             "targets": None,
             "evaluation": [accuracy.to_dict() for accuracy in self.accuracies] or None,
@@ -297,6 +296,23 @@ class Record:
             },
             "mixed_precision": None if mixed is None else mixed.to_dict(),
             "notes": [*self.network.notes, *self.quantization.notes],
+        }
+
+    def _fidelity(self) -> dict[str, Any]:
+        method = self.generated.method if self.generated is not None else None
+        entry, output = self.network.input, self.network.proto.graph.output[0]
+        shape = [dim.dim_value for dim in output.type.tensor_type.shape.dim][1:]
+        estimate = estimate_drop(
+            self.fidelity,
+            matched=method not in (None, "noise", "prior"),
+            classes=math.prod(shape) or None,
+            size=max(entry.height, entry.width),
+        )
+        known = isinstance(estimate, Estimate)
+        return {
+            "measures": [fidelity.to_dict() for fidelity in self.fidelity],
+            "estimate": estimate.to_dict() if isinstance(estimate, Estimate) else None,
+            "why": None if known else estimate,
         }
 
     def _warnings(self, report: Mapping[str, Any]) -> list[str]:

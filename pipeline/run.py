@@ -102,6 +102,7 @@ class QuantizeJob:
         task: what the network does; auto asks ``evaluate_data``.
         detection: how a detector is evaluated.
         target: name of the compiler or chip that the file is for.
+        held_out: images to generate with another seed and measure the fidelity on, too.
     """
 
     model: Path
@@ -119,6 +120,7 @@ class QuantizeJob:
     detection: DetectionSettings = field(default_factory=DetectionSettings)
     threads: int = 0
     target: str = "onnxruntime"
+    held_out: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +229,7 @@ def quantize_file(
                 written,
                 images,
                 shown,
+                held_out=_held_out(job, model, work, preprocessing, progress),
                 seed=job.generation.seed,
                 threads=job.threads,
             )
@@ -506,6 +509,29 @@ def _calibration_images(
     images = open_images(job.images, shape=model.input.shape)
     shutil.copyfile(job.images, work / f"images{job.images.suffix}")
     return images, preprocessing, None
+
+
+def _held_out(
+    job: QuantizeJob,
+    model: Model,
+    work: Path,
+    preprocessing: Preprocessing,
+    progress: OnProgress,
+) -> ImageSet | None:
+    """Images by the seed behind the run's own, that no quantizer was calibrated with."""
+    if not job.held_out:
+        return None
+    settings = replace(
+        job.generation, num_images=job.held_out, seed=(job.generation.seed + 1) % 2**63
+    )
+    return generate(
+        model,
+        settings,
+        work / "held_out.npz",
+        preprocessing=preprocessing,
+        quantizer=quantizer_of(model, job.quantization, seed=settings.seed),
+        on_step=lambda done, total, terms: progress("held-out", done, total, terms),
+    ).images
 
 
 def _accuracies(

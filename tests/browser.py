@@ -60,8 +60,10 @@ class Browser:
                 return answer["result"]
             self._note(answer)
 
-    def open(self, page: Path, *, width: int, height: int = 900, dark: bool = False) -> None:
-        """Show a file in a window of this size."""
+    def open(
+        self, page: Path | str, *, width: int, height: int = 900, dark: bool = False
+    ) -> None:
+        """Show a file or an address in a window of this size."""
         self.complaints.clear()
         self._events.clear()
         mobile = width < 600
@@ -74,7 +76,8 @@ class Browser:
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
-        self.send("Page.navigate", url=page.resolve().as_uri())
+        url = page if isinstance(page, str) else page.resolve().as_uri()
+        self.send("Page.navigate", url=url)
         while "Page.loadEventFired" not in self._events:
             self._note(self._receive())
 
@@ -139,7 +142,7 @@ class Browser:
             self.complaints.append(params["entry"]["text"])
         elif method == "Network.requestWillBeSent":
             url = params["request"]["url"]
-            if not url.startswith(("file:", "data:", "about:", "blob:")):
+            if not url.startswith(("file:", "data:", "about:", "blob:", "http://127.0.0.1:")):
                 self.complaints.append(f"request to {url}")
 
 
