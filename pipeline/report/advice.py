@@ -12,6 +12,7 @@ from pipeline.report.numbers import as_float, format_number
 __all__ = ["Advice", "Suggestion", "advise", "percent_of_outputs"]
 
 _SMALL = 0.01  # relative error of the outputs that is hardly worth an effort
+_SPREAD = 0.8  # of the error is left without the worst: it comes from many tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class Advice:
         headline: one sentence.
         suggestions: the worst for which more bits exist.
         outcome: what they gain together, in one sentence; empty if there is nothing to gain.
+        further: what else to try where that is little; else empty.
         flags: all of them, as words for the command line.
         rows: every tensor, worst first, each with ``share``: its bar, 0..1.
     """
@@ -45,6 +47,7 @@ class Advice:
     headline: str
     suggestions: tuple[Suggestion, ...]
     outcome: str
+    further: str
     flags: str
     rows: tuple[dict[str, Any], ...]
 
@@ -87,10 +90,20 @@ def advise(report: Mapping[str, Any]) -> Advice | None:
             f"{percent_of_outputs(widened)} instead of {percent_of_outputs(total)} (measured, "
             "at the same thresholds)."
         )
+    further = ""
+    if outcome and total and widened and total >= _SMALL and widened > _SPREAD * total:
+        settings = report.get("settings") or {}
+        few = any(
+            cost.get("kind") == "weight" and (cost.get("bits") or 8) < 8 for cost in costs
+        )
+        learn = few and settings.get("rounding") == "nearest"
+        remedy = "learned rounding (--rounding adaround)" if learn else "more bits everywhere"
+        further = f"Most of the error is spread over many tensors: {remedy} will do more."
     return Advice(
         headline=_headline(worst, total),
         suggestions=suggestions,
         outcome=outcome,
+        further=further,
         flags=" ".join(suggestion.flag for suggestion in suggestions),
         rows=tuple(
             {**cost, "share": (as_float(cost["error"]) or 0.0) / largest if largest else 0.0}

@@ -468,7 +468,7 @@ def test_without_labels_the_verdict_estimates(tmp_path: Path) -> None:
     }
     page, _ = write(tmp_path, report)
     assert "top-1 falls by 1.2 points (most likely 0.2 to 3.4)." in page.text
-    assert "lie between 0.2 and 3.4. So far." in page.text
+    assert "of five files four lie between 0.2 and 3.4. So far." in page.text
     report["fidelity"]["estimate"] = None
     page, _ = write(tmp_path, report)
     assert "signal-to-noise ratio of 31.2 dB on the calibration images" in page.text
@@ -483,7 +483,16 @@ def test_what_costs_most_is_named_with_its_flags(tmp_path: Path) -> None:
     for words in (*flags, " ".join(flags)):
         assert words in page.text
     assert "the error of the outputs is 2.1 % instead of 4.5 %" in page.text
+    assert "spread over many" not in page.text
     report = make_report()
+    report["sensitivity"] |= {"widened_error": 0.044}
+    page, _ = write(tmp_path, report)
+    assert "spread over many tensors: more bits everywhere will do more" in page.text
+    report["settings"]["rounding"] = "nearest"
+    for cost in report["sensitivity"]["costs"]:
+        cost["bits"] = 4
+    page, _ = write(tmp_path, report)
+    assert "learned rounding (--rounding adaround) will do more" in page.text
     report["sensitivity"] = None
     page, _ = write(tmp_path, report)
     assert "was not measured" in page.text
