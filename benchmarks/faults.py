@@ -384,6 +384,10 @@ def main() -> None:
         for name in options.only:
             rows.append(FAULTS[name](bench, options.times))
             print(rows[-1], flush=True)
+    if options.json.exists():  # faults that were not injected now keep their rows
+        known = [Row(**row) for row in json.loads(options.json.read_text())["rows"]]
+        new = {row.fault: row for row in rows}
+        rows = [new.pop(row.fault, row) for row in known] + list(new.values())
     print_table(rows)
     facts = {
         "model": options.model.name,

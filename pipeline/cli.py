@@ -504,6 +504,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # torch's threads spin while they wait, and on a busy machine that costs a factor of ten; to
     # be read by the OpenMP runtime this must be set before torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if "RANK" in os.environ:  # of a process that is gone one line of ours is enough
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if arguments is None and "--debug" not in sys.argv:
         return run_guarded(lambda: main(sys.argv[1:]), _say_crash)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
