@@ -26,6 +26,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from graph_tools.errors import SettingsError, ZsqError
+from pipeline.config import from_values, read_values, repeatable_flags, to_toml
 from pipeline.crash import run_guarded
 from pipeline.settings import (
     GenerateSettings,
@@ -33,6 +34,7 @@ from pipeline.settings import (
     QuantizeSettings,
     VerifySettings,
 )
+from pipeline.usage import overview, usage_error
 
 if TYPE_CHECKING:
     from graph_tools.model import Model
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_ABSENT = Path()  # stands for a path that --dump-config was not given
 _OUTPUT = tyro.conf.arg(aliases=["-o"], metavar="PATH")
 _stderr = Console(stderr=True, highlight=False)
 _stdout = Console(highlight=False, soft_wrap=True)
@@ -58,6 +61,10 @@ class CommonSettings:
     """Threads of torch and onnxruntime; 0 lets them choose."""
     debug: bool = False
     """Show a traceback with errors, and the log."""
+    config: Path | None = None
+    """Take settings from this TOML file; flags win over it."""
+    dump_config: bool = False
+    """Print the settings as a file for --config, and do nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -418,8 +425,28 @@ class Evaluate:
         return 0, facts
 
 
-Command = Inspect | Expose | Generate | Quantize | Verify | Export | Evaluate | Targets
-_COMMANDS: dict[str, Callable[..., object]] = {
+@dataclass(frozen=True, kw_only=True)
+class Completions:
+    """Print completions for a shell: eval "$(zsq completions bash)"."""
+
+    shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]
+    """bash, zsh: a line in the shell's start file; fish: zsq completions fish | source."""
+    common: CommonSettings = field(default_factory=CommonSettings)
+
+    def run(self) -> tuple[int, dict[str, Any]]:
+        """Have tyro write them."""
+        script = io.StringIO()
+        with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
+            _parse(["--tyro-print-completion", self.shell])
+        if not self.common.json:
+            sys.stdout.write(script.getvalue())
+        return 0, {"shell": self.shell, "script": script.getvalue()}
+
+
+Command = (
+    Inspect | Expose | Generate | Quantize | Verify | Export | Evaluate | Targets | Completions
+)
+_COMMANDS: dict[str, type[Command]] = {
     "inspect": Inspect,
     "expose": Expose,
     "generate": Generate,
@@ -428,6 +455,7 @@ _COMMANDS: dict[str, Callable[..., object]] = {
     "export": Export,
     "evaluate": Evaluate,
     "targets": Targets,
+    "completions": Completions,
 }
 
 
@@ -450,6 +478,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = _parse(arguments)
         if command is None:
+            return 0
+        if command.common.dump_config:
+            sys.stdout.write(to_toml(command, absent=_ABSENT))
             return 0
         logging.basicConfig(
             level=logging.INFO if command.common.debug else logging.ERROR,
@@ -499,23 +530,61 @@ def _say_crash(name: str) -> int:
 
 def _parse(arguments: Sequence[str]) -> Command | None:
     """The command, or None after help was shown; usage errors become one line."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        _stdout.print(overview(_COMMANDS), markup=False)
+        return None
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
+            if arguments and arguments[0] in _COMMANDS and _is_from_file(arguments):
+                return _parse_with_file(arguments)
             command = tyro.extras.subcommand_cli_from_dict(
-                _COMMANDS,
+                cast(dict[str, Callable[..., object]], _COMMANDS),
                 args=list(arguments),
                 prog="zsq",
-                description="Zero-shot power-of-two quantization of exported ONNX networks.",
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
             )
             return cast(Command, command)
     except SystemExit as stop:
         if not stop.code:
             return None
-        text = "".join(c if c not in "╭╮╰╯│─" else " " for c in messages.getvalue())
-        text = " ".join(text.split()).split(" For full helptext")[0]
-        raise SettingsError(text, hint="see zsq --help") from None
+        raise usage_error(messages.getvalue(), arguments, _COMMANDS) from None
+
+
+def _is_from_file(arguments: Sequence[str]) -> bool:
+    names = {word.split("=")[0] for word in arguments}
+    return bool(names & {"--config", "--dump-config"})
+
+
+def _parse_with_file(arguments: Sequence[str]) -> Command:
+    """Flags over the settings of a file; whatever a file switches has a flag for both ways."""
+    name, words = arguments[0], list(arguments[1:])
+    kind = _COMMANDS[name]
+    path = next(
+        (
+            Path(word.partition("=")[2]) if "=" in word else Path(following)
+            for word, following in zip(words, words[1:] or [""], strict=False)
+            if word.split("=")[0] == "--config"
+        ),
+        None,
+    )
+    values = read_values(path, name, _COMMANDS) if path is not None else {}
+    given = {word.split("=")[0] for word in words}
+    default = from_values(
+        kind,
+        values,
+        where=str(path),
+        absent=_ABSENT if "--dump-config" in words else tyro.MISSING,
+        overridden=[field for flag, field in repeatable_flags(kind).items() if flag in given],
+    )
+    parsed = tyro.cli(
+        kind,
+        args=words,
+        default=default,
+        prog=f"zsq {name}",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return parsed
 
 
 def _load(path: Path, settings: InputSettings) -> Model:
