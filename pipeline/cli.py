@@ -38,6 +38,7 @@ from pipeline.usage import overview, usage_error
 
 if TYPE_CHECKING:
     from graph_tools.model import Model
+    from pipeline.comparing import Comparison
     from pipeline.target_profiles import TargetProfile
     from pipeline.verify.rows import Agreement
 
@@ -426,6 +427,48 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Compare two models tensor by tensor on the same images: SQNR, the worst marked."""
+
+    first: tyro.conf.Positional[Path]
+    """The reference, float or quantized."""
+    second: tyro.conf.Positional[Path]
+    """The other model, float or quantized."""
+    images: Path | None = None
+    """Images to run (.npz or .npy, as zsq generate writes them); by default those beside either
+    model."""
+    max_images: int = 64
+    """Most images to run."""
+    input: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=FILE.npy: fixes an input that is not the image; may be repeated."""
+    common: CommonSettings = field(default_factory=CommonSettings)
+
+    def run(self) -> tuple[int, dict[str, Any]]:
+        """Match and compare."""
+        from pipeline.comparing import compare_files
+
+        if self.max_images < 1:
+            raise SettingsError(f"{self.max_images} is not 1 or more", where="--max-images")
+        with _progress(self.common) as progress:
+            comparison = compare_files(
+                self.first,
+                self.second,
+                self.images,
+                max_images=self.max_images,
+                fixed=InputSettings(input=self.input).arrays(),
+                threads=self.common.threads,
+                on_progress=progress,
+            )
+        if not _silent(self.common):
+            _print_comparison(comparison)
+        return 0, {
+            "first": str(self.first),
+            "second": str(self.second),
+            **comparison.to_dict(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class Completions:
     """Print completions for a shell: eval "$(zsq completions bash)"."""
 
@@ -444,7 +487,16 @@ class Completions:
 
 
 Command = (
-    Inspect | Expose | Generate | Quantize | Verify | Export | Evaluate | Targets | Completions
+    Inspect
+    | Expose
+    | Generate
+    | Quantize
+    | Verify
+    | Export
+    | Evaluate
+    | Targets
+    | Compare
+    | Completions
 )
 _COMMANDS: dict[str, type[Command]] = {
     "inspect": Inspect,
@@ -455,6 +507,7 @@ _COMMANDS: dict[str, type[Command]] = {
     "export": Export,
     "evaluate": Evaluate,
     "targets": Targets,
+    "compare": Compare,
     "completions": Completions,
 }
 
@@ -741,6 +794,41 @@ def _print_result(report: Mapping[str, Any]) -> None:
     said = (report["generation"] or {}).get("warnings", [])  # on stderr
     for warning in [one for one in report["warnings"] if one not in said]:
         _stdout.print(f"warning: {warning}", markup=False)
+
+
+def _print_comparison(comparison: Comparison) -> None:
+    table = Table(
+        Column("tensor", overflow="fold"),
+        "operator",
+        Column("SQNR dB", justify="right", no_wrap=True),
+        "",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for row in comparison.rows:
+        value = "-" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
+        if row.agreement is not None:
+            value = f"{100 * row.agreement:.1f} % equal"
+        said = [
+            *([f"worst {row.rank}"] if row.rank else []),
+            *(["output"] if row.is_output else []),
+            *([f"x {row.gain:.4g}"] if row.gain != 1 else []),
+            *([f"by {row.matched}"] if row.matched != "name" else []),
+        ]
+        style = "bold red" if row.rank == 1 else "red" if row.rank else ""
+        table.add_row(Text(row.first), row.op_type, value, ", ".join(said), style=style)
+    _stdout.print(table)
+    for what, names in (
+        ("only in the first", comparison.only_first),
+        ("only in the second", comparison.only_second),
+        ("of another shape", comparison.other_shape),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            _stdout.print(f"{what}: {', '.join(names[:3])}{more}", markup=False)
+    if any(row.gain != 1 for row in comparison.rows):
+        _stdout.print("x FACTOR: the second model holds the tensor at so many times the value")
+    _stdout.print(f"{comparison.images} images: {comparison.source}", markup=False)
 
 
 def _describe_target(profile: TargetProfile) -> dict[str, Any]:
