@@ -14,7 +14,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -32,6 +32,7 @@ from pipeline.settings import (
     GenerateSettings,
     InputSettings,
     QuantizeSettings,
+    SweepGrid,
     VerifySettings,
 )
 from pipeline.usage import overview, usage_error
@@ -39,6 +40,7 @@ from pipeline.usage import overview, usage_error
 if TYPE_CHECKING:
     from graph_tools.model import Model
     from pipeline.comparing import Comparison
+    from pipeline.sweep import Sweep as Swept
     from pipeline.target_profiles import TargetProfile
     from pipeline.verify.rows import Agreement
 
@@ -469,6 +471,72 @@ class Compare:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Quantize a model in every way of a grid: a table, JSON, and a plot of size and fidelity."""
+
+    model: tyro.conf.Positional[Path]
+    """Exported ONNX file."""
+    output: Annotated[Path | None, _OUTPUT] = None
+    """Folder for images, files, sweep.json and pareto.png; by default MODEL.sweep beside the
+    model. A sweep that was stopped goes on where it was."""
+    grid: SweepGrid = field(default_factory=SweepGrid)
+    evaluate: Annotated[Path | None, tyro.conf.arg(aliases=["--data"])] = None
+    """Labelled images: fidelity is then the accuracy on them."""
+    settings: Path | None = None
+    """Further settings of zsq quantize for all cells: a file as --dump-config writes it."""
+    num_images: int | None = None
+    """How many images to make of each kind."""
+    iterations: int | None = None
+    """Optimization steps per batch of images."""
+    input: InputSettings = field(default_factory=InputSettings)
+    common: CommonSettings = field(default_factory=CommonSettings)
+
+    def run(self) -> tuple[int, dict[str, Any]]:
+        """Cell by cell."""
+        from pipeline.run import QuantizeJob
+        from pipeline.sweep import sweep_file
+
+        others = _quantize_settings(self.settings)
+        given: dict[str, Any] = {"num_images": self.num_images, "iterations": self.iterations}
+        given = {name: value for name, value in given.items() if value is not None}
+        base = QuantizeJob(
+            model=self.model,
+            output=self.model,
+            bn_from=others.bn_from,
+            evaluate_data=self.evaluate or others.evaluate,
+            input=others.input if self.input == InputSettings() else self.input,
+            generation=replace(others.generation, **given),
+            quantization=others.quantization,
+            verification=VerifySettings(
+                max_images=others.verify_images,
+                interpreter_images=others.interpreter_images,
+                threads=self.common.threads,
+            ),
+            threads=self.common.threads,
+            target=others.target,
+        )
+        with _progress(self.common) as progress:
+            done = sweep_file(
+                base,
+                self.grid,
+                self.output or self.model.with_name(f"{self.model.stem}.sweep"),
+                on_progress=progress,
+            )
+        _warn(self.common, [f"{cell.name}: {cell.error}" for cell in done.cells if cell.error])
+        if not _silent(self.common):
+            _print_sweep(done)
+        return 0 if all(cell.proved for cell in done.cells) else 1, done.to_dict()
+
+
+def _quantize_settings(path: Path | None) -> Quantize:
+    """The settings of a file for `zsq quantize`, without its model."""
+    values = {} if path is None else read_values(path, "quantize", _COMMANDS)
+    dropped = ("model", "output", "images", "data")
+    values = {key: value for key, value in values.items() if key not in dropped}
+    return from_values(Quantize, values, where=str(path), absent=_ABSENT)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Completions:
     """Print completions for a shell: eval "$(zsq completions bash)"."""
 
@@ -496,6 +564,7 @@ Command = (
     | Evaluate
     | Targets
     | Compare
+    | Sweep
     | Completions
 )
 _COMMANDS: dict[str, type[Command]] = {
@@ -508,6 +577,7 @@ _COMMANDS: dict[str, type[Command]] = {
     "evaluate": Evaluate,
     "targets": Targets,
     "compare": Compare,
+    "sweep": Sweep,
     "completions": Completions,
 }
 
@@ -829,6 +899,41 @@ def _print_comparison(comparison: Comparison) -> None:
     if any(row.gain != 1 for row in comparison.rows):
         _stdout.print("x FACTOR: the second model holds the tensor at so many times the value")
     _stdout.print(f"{comparison.images} images: {comparison.source}", markup=False)
+
+
+def _print_sweep(done: Swept) -> None:
+    table = Table(
+        *("images", "bits", "rounding"),
+        *(Column(name, justify="right") for name in ("kB", "as float %", "SQNR dB")),
+        *(Column(name, justify="right") for name in ("top-1 %", "s")),
+        "",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for cell in done.cells:
+        bits = f"W{cell.weights}A{cell.activations}"
+        images = f"{cell.method} {cell.seed}"
+        if cell.error:
+            table.add_row(images, bits, cell.rounding, *["-"] * 5, "failed")
+            continue
+        said = "not beaten" if cell.optimal else ""
+        table.add_row(
+            *(images, bits, cell.rounding, f"{cell.weight_bytes / 1000:.1f}"),
+            "-" if cell.agreement is None else f"{100 * cell.agreement:.1f}",
+            "-" if cell.sqnr_db is None else f"{cell.sqnr_db:.1f}",
+            "-" if cell.top1 is None else f"{cell.top1:.2f}",
+            f"{cell.seconds:.1f}",
+            said if cell.proved else f"{said} not proved".strip(),
+            style="bold" if cell.optimal else "",
+        )
+    _stdout.print(table)
+    if done.float_top1 is not None:
+        _stdout.print(f"float: top-1 {done.float_top1:.2f} %")
+    if done.resumed:
+        _stdout.print(f"{done.resumed} of {len(done.cells)} cells were there before")
+    _stdout.print(f"cells  {done.folder / 'sweep.json'}", markup=False)
+    if done.plot is not None:
+        _stdout.print(f"plot   {done.plot}", markup=False)
 
 
 def _describe_target(profile: TargetProfile) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +91,10 @@ class QuantizeJob:
 
     model: Path
     output: Path
-    input: InputSettings
-    generation: GenerateSettings
-    quantization: QuantizeSettings
-    verification: VerifySettings
+    input: InputSettings = field(default_factory=InputSettings)
+    generation: GenerateSettings = field(default_factory=GenerateSettings)
+    quantization: QuantizeSettings = field(default_factory=QuantizeSettings)
+    verification: VerifySettings = field(default_factory=VerifySettings)
     images: Path | None = None
     data: Path | None = None
     bn_from: Path | None = None

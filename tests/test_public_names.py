@@ -51,7 +51,10 @@ SURFACE = {  # what users import; a change here is a change of the public interf
     "pipeline.settings": {
         "GenerateSettings",
         "InputSettings",
+        "Method",
         "QuantizeSettings",
+        "Rounding",
+        "SweepGrid",
         "TargetSize",
         "VerifySettings",
     },
