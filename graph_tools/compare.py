@@ -22,7 +22,7 @@ from graph_tools.errors import DataError, ModelError
 from graph_tools.shapes import outline
 from graph_tools.weights import is_outside, values_of
 
-__all__ = ["Histogram", "TensorComparison", "compare_tensors", "with_outputs"]
+__all__ = ["Histogram", "TensorComparison", "compare_tensors", "run_tensors", "with_outputs"]
 
 _BINS = 64
 _FINE = 64 * _BINS  # bins while the range may still grow; merged to _BINS at the end
@@ -69,6 +69,7 @@ class TensorComparison:
         histogram: where asked for.
         same_top1: of floats with one row of two or more values an image, such as class scores,
             the share of images whose largest value is at the same place; else None.
+        gain: the factor nearest to what leads from s to q, ``sum s q / sum s^2``; 1 where s is 0.
     """
 
     sqnr_db: float | None
@@ -79,6 +80,17 @@ class TensorComparison:
     histogram: Histogram | None = None
     agreement: float | None = None
     same_top1: float | None = None
+    gain: float = 1.0
+
+    @property
+    def aligned_sqnr_db(self) -> float | None:
+        """The SQNR once the gain is taken out: of s to q / gain."""
+        signal = self.gain**2 * self.signal_power
+        noise = self.noise_power - (1 - self.gain) ** 2 * self.signal_power
+        if self.sqnr_db is None or not signal or not math.isfinite(noise):
+            return self.sqnr_db
+        # Cancellation leaves the noise uncertain by some 1e-15 of the signal.
+        return 10 * math.log10(signal / max(noise, 1e-15 * signal))
 
 
 def with_outputs(proto: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
@@ -148,6 +160,28 @@ def compare_tensors(
     return {name: meter.result() for name, meter in meters.items()}
 
 
+def run_tensors(
+    proto: onnx.ModelProto,
+    tensors: Iterable[str],
+    images: npt.NDArray[np.float32],
+    *,
+    threads: int = 0,
+) -> dict[str, npt.NDArray[Any]]:
+    """Run one batch without optimization, and return tensors of the graph by name.
+
+    Args:
+        proto: a model with one input.
+        tensors: of its graph.
+        images: [N, ...] float32 in the model's own layout; filled up to a fixed batch.
+        threads: as in `compare_tensors`.
+
+    Raises:
+        ModelError: see `compare_tensors`.
+    """
+    run = _Run(proto, list(tensors), threads)
+    return run(images, run.batch)
+
+
 class _Run:
     def __init__(self, proto: onnx.ModelProto, tensors: list[str], threads: int) -> None:
         self.names = list(dict.fromkeys(tensors))
@@ -199,7 +233,7 @@ def _pieces(
 
 class _Meter:
     def __init__(self, *, with_histogram: bool) -> None:
-        self.signal = self.noise = self.largest = 0.0
+        self.signal = self.noise = self.largest = self.cross = 0.0
         self.elements = 0
         self.counter = _Counter() if with_histogram else None
         self.equal = 0
@@ -235,6 +269,7 @@ class _Meter:
         self.elements += s.size
         self.signal += float(s @ s)
         self.noise += float(q @ q)
+        self.cross += float(s @ q)
         self.largest = max(self.largest, float(np.abs(q).max(initial=0.0)))
 
     def result(self) -> TensorComparison:
@@ -257,6 +292,7 @@ class _Meter:
             elements=self.elements,
             histogram=None if self.counter is None else self.counter.histogram(),
             same_top1=self.same_rows / self.rows if self.rows else None,
+            gain=1 + self.cross / self.signal if self.signal else 1.0,
         )
 
 

@@ -14,7 +14,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -26,6 +26,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from graph_tools.errors import SettingsError, ZsqError
+from pipeline.config import from_values, read_values, repeatable_flags, to_toml
 from pipeline.crash import run_guarded
 from pipeline.settings import (
     CheckpointSettings,
@@ -33,17 +34,22 @@ from pipeline.settings import (
     GenerateSettings,
     InputSettings,
     QuantizeSettings,
+    SweepGrid,
     VerifySettings,
 )
 from pipeline.stopping import Interrupted, terminable
+from pipeline.usage import overview, usage_error
 
 if TYPE_CHECKING:
     from graph_tools.model import Model
+    from pipeline.comparing import Comparison
+    from pipeline.sweep import Sweep as Swept
     from pipeline.target_profiles import TargetProfile
     from pipeline.verify.rows import Agreement
 
 __all__ = ["main"]
 
+_ABSENT = Path()  # stands for a path that --dump-config was not given
 _OUTPUT = tyro.conf.arg(aliases=["-o"], metavar="PATH")
 _stderr = Console(stderr=True, highlight=False)
 _stdout = Console(highlight=False, soft_wrap=True)
@@ -61,6 +67,10 @@ class CommonSettings:
     """Threads of torch and onnxruntime; 0 lets them choose."""
     debug: bool = False
     """Show a traceback with errors, and the log."""
+    config: Path | None = None
+    """Take settings from this TOML file; flags win over it."""
+    dump_config: bool = False
+    """Print the settings as a file for --config, and do nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -478,8 +488,147 @@ class View:
         return 0, {}
 
 
-Command = Inspect | Expose | Generate | Quantize | Verify | Export | Evaluate | Targets | View
-_COMMANDS: dict[str, Callable[..., object]] = {
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Compare two models tensor by tensor on the same images: SQNR, the worst marked."""
+
+    first: tyro.conf.Positional[Path]
+    """The reference, float or quantized."""
+    second: tyro.conf.Positional[Path]
+    """The other model, float or quantized."""
+    images: Path | None = None
+    """Images to run (.npz or .npy, as zsq generate writes them); by default those beside either
+    model."""
+    max_images: int = 64
+    """Most images to run."""
+    input: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=FILE.npy: fixes an input that is not the image; may be repeated."""
+    common: CommonSettings = field(default_factory=CommonSettings)
+
+    def run(self) -> tuple[int, dict[str, Any]]:
+        """Match and compare."""
+        from pipeline.comparing import compare_files
+
+        if self.max_images < 1:
+            raise SettingsError(f"{self.max_images} is not 1 or more", where="--max-images")
+        with _progress(self.common) as progress:
+            comparison = compare_files(
+                self.first,
+                self.second,
+                self.images,
+                max_images=self.max_images,
+                fixed=InputSettings(input=self.input).arrays(),
+                threads=self.common.threads,
+                on_progress=progress,
+            )
+        if not _silent(self.common):
+            _print_comparison(comparison)
+        return 0, {
+            "first": str(self.first),
+            "second": str(self.second),
+            **comparison.to_dict(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Quantize a model in every way of a grid: a table, JSON, and a plot of size and fidelity."""
+
+    model: tyro.conf.Positional[Path]
+    """Exported ONNX file."""
+    output: Annotated[Path | None, _OUTPUT] = None
+    """Folder for images, files, sweep.json and pareto.png; by default MODEL.sweep beside the
+    model. A sweep that was stopped goes on where it was."""
+    grid: SweepGrid = field(default_factory=SweepGrid)
+    evaluate: Annotated[Path | None, tyro.conf.arg(aliases=["--data"])] = None
+    """Labelled images: fidelity is then the accuracy on them."""
+    settings: Path | None = None
+    """Further settings of zsq quantize for all cells: a file as --dump-config writes it."""
+    num_images: int | None = None
+    """How many images to make of each kind."""
+    iterations: int | None = None
+    """Optimization steps per batch of images."""
+    input: InputSettings = field(default_factory=InputSettings)
+    common: CommonSettings = field(default_factory=CommonSettings)
+
+    def run(self) -> tuple[int, dict[str, Any]]:
+        """Cell by cell."""
+        from pipeline.run import QuantizeJob
+        from pipeline.sweep import sweep_file
+
+        others = _quantize_settings(self.settings)
+        given: dict[str, Any] = {"num_images": self.num_images, "iterations": self.iterations}
+        given = {name: value for name, value in given.items() if value is not None}
+        base = QuantizeJob(
+            model=self.model,
+            output=self.model,
+            bn_from=others.bn_from,
+            evaluate_data=self.evaluate or others.evaluate,
+            input=others.input if self.input == InputSettings() else self.input,
+            generation=replace(others.generation, **given),
+            quantization=others.quantization,
+            verification=VerifySettings(
+                max_images=others.verify_images,
+                interpreter_images=others.interpreter_images,
+                threads=self.common.threads,
+            ),
+            threads=self.common.threads,
+            target=others.target,
+        )
+        with _progress(self.common) as progress:
+            done = sweep_file(
+                base,
+                self.grid,
+                self.output or self.model.with_name(f"{self.model.stem}.sweep"),
+                on_progress=progress,
+            )
+        _warn(self.common, [f"{cell.name}: {cell.error}" for cell in done.cells if cell.error])
+        if not _silent(self.common):
+            _print_sweep(done)
+        return 0 if all(cell.proved for cell in done.cells) else 1, done.to_dict()
+
+
+def _quantize_settings(path: Path | None) -> Quantize:
+    """The settings of a file for `zsq quantize`, without its model."""
+    values = {} if path is None else read_values(path, "quantize", _COMMANDS)
+    dropped = ("model", "output", "images", "data")
+    values = {key: value for key, value in values.items() if key not in dropped}
+    return from_values(Quantize, values, where=str(path), absent=_ABSENT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completions:
+    """Print completions for a shell: eval "$(zsq completions bash)"."""
+
+    shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]
+    """bash, zsh: a line in the shell's start file; fish: zsq completions fish | source."""
+    common: CommonSettings = field(default_factory=CommonSettings)
+
+    def run(self) -> tuple[int, dict[str, Any]]:
+        """Have tyro write them."""
+        script = io.StringIO()
+        with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
+            _parse(["--tyro-print-completion", self.shell])
+        if not self.common.json:
+            sys.stdout.write(script.getvalue())
+        return 0, {"shell": self.shell, "script": script.getvalue()}
+
+
+Command = (
+    Inspect
+    | Expose
+    | Generate
+    | Quantize
+    | Verify
+    | Export
+    | Evaluate
+    | Targets
+    | Compare
+    | Sweep
+    | Completions
+    | View
+)
+_COMMANDS: dict[str, type[Command]] = {
     "inspect": Inspect,
     "expose": Expose,
     "generate": Generate,
@@ -489,6 +638,9 @@ _COMMANDS: dict[str, Callable[..., object]] = {
     "evaluate": Evaluate,
     "targets": Targets,
     "view": View,
+    "compare": Compare,
+    "sweep": Sweep,
+    "completions": Completions,
 }
 
 
@@ -513,6 +665,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = _parse(arguments)
         if command is None:
+            return 0
+        if command.common.dump_config:
+            sys.stdout.write(to_toml(command, absent=_ABSENT))
             return 0
         logging.basicConfig(
             level=logging.INFO if command.common.debug else logging.ERROR,
@@ -568,23 +723,61 @@ def _say_crash(name: str) -> int:
 
 def _parse(arguments: Sequence[str]) -> Command | None:
     """The command, or None after help was shown; usage errors become one line."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        _stdout.print(overview(_COMMANDS), markup=False)
+        return None
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
+            if arguments and arguments[0] in _COMMANDS and _is_from_file(arguments):
+                return _parse_with_file(arguments)
             command = tyro.extras.subcommand_cli_from_dict(
-                _COMMANDS,
+                cast(dict[str, Callable[..., object]], _COMMANDS),
                 args=list(arguments),
                 prog="zsq",
-                description="Zero-shot power-of-two quantization of exported ONNX networks.",
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
             )
             return cast(Command, command)
     except SystemExit as stop:
         if not stop.code:
             return None
-        text = "".join(c if c not in "╭╮╰╯│─" else " " for c in messages.getvalue())
-        text = " ".join(text.split()).split(" For full helptext")[0]
-        raise SettingsError(text, hint="see zsq --help") from None
+        raise usage_error(messages.getvalue(), arguments, _COMMANDS) from None
+
+
+def _is_from_file(arguments: Sequence[str]) -> bool:
+    names = {word.split("=")[0] for word in arguments}
+    return bool(names & {"--config", "--dump-config"})
+
+
+def _parse_with_file(arguments: Sequence[str]) -> Command:
+    """Flags over the settings of a file; whatever a file switches has a flag for both ways."""
+    name, words = arguments[0], list(arguments[1:])
+    kind = _COMMANDS[name]
+    path = next(
+        (
+            Path(word.partition("=")[2]) if "=" in word else Path(following)
+            for word, following in zip(words, words[1:] or [""], strict=False)
+            if word.split("=")[0] == "--config"
+        ),
+        None,
+    )
+    values = read_values(path, name, _COMMANDS) if path is not None else {}
+    given = {word.split("=")[0] for word in words}
+    default = from_values(
+        kind,
+        values,
+        where=str(path),
+        absent=_ABSENT if "--dump-config" in words else tyro.MISSING,
+        overridden=[field for flag, field in repeatable_flags(kind).items() if flag in given],
+    )
+    parsed = tyro.cli(
+        kind,
+        args=words,
+        default=default,
+        prog=f"zsq {name}",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return parsed
 
 
 def _load(path: Path, settings: InputSettings) -> Model:
@@ -757,6 +950,76 @@ def _print_result(report: Mapping[str, Any]) -> None:
     said = (report["generation"] or {}).get("warnings", [])  # on stderr
     for warning in [one for one in report["warnings"] if one not in said]:
         _stdout.print(f"warning: {warning}", markup=False)
+
+
+def _print_comparison(comparison: Comparison) -> None:
+    table = Table(
+        Column("tensor", overflow="fold"),
+        "operator",
+        Column("SQNR dB", justify="right", no_wrap=True),
+        "",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for row in comparison.rows:
+        value = "-" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
+        if row.agreement is not None:
+            value = f"{100 * row.agreement:.1f} % equal"
+        said = [
+            *([f"worst {row.rank}"] if row.rank else []),
+            *(["output"] if row.is_output else []),
+            *([f"x {row.gain:.4g}"] if row.gain != 1 else []),
+            *([f"by {row.matched}"] if row.matched != "name" else []),
+        ]
+        style = "bold red" if row.rank == 1 else "red" if row.rank else ""
+        table.add_row(Text(row.first), row.op_type, value, ", ".join(said), style=style)
+    _stdout.print(table)
+    for what, names in (
+        ("only in the first", comparison.only_first),
+        ("only in the second", comparison.only_second),
+        ("of another shape", comparison.other_shape),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            _stdout.print(f"{what}: {', '.join(names[:3])}{more}", markup=False)
+    if any(row.gain != 1 for row in comparison.rows):
+        _stdout.print("x FACTOR: the second model holds the tensor at so many times the value")
+    _stdout.print(f"{comparison.images} images: {comparison.source}", markup=False)
+
+
+def _print_sweep(done: Swept) -> None:
+    table = Table(
+        *("images", "bits", "rounding"),
+        *(Column(name, justify="right") for name in ("kB", "as float %", "SQNR dB")),
+        *(Column(name, justify="right") for name in ("top-1 %", "s")),
+        "",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for cell in done.cells:
+        bits = f"W{cell.weights}A{cell.activations}"
+        images = f"{cell.method} {cell.seed}"
+        if cell.error:
+            table.add_row(images, bits, cell.rounding, *["-"] * 5, "failed")
+            continue
+        said = "not beaten" if cell.optimal else ""
+        table.add_row(
+            *(images, bits, cell.rounding, f"{cell.weight_bytes / 1000:.1f}"),
+            "-" if cell.agreement is None else f"{100 * cell.agreement:.1f}",
+            "-" if cell.sqnr_db is None else f"{cell.sqnr_db:.1f}",
+            "-" if cell.top1 is None else f"{cell.top1:.2f}",
+            f"{cell.seconds:.1f}",
+            said if cell.proved else f"{said} not proved".strip(),
+            style="bold" if cell.optimal else "",
+        )
+    _stdout.print(table)
+    if done.float_top1 is not None:
+        _stdout.print(f"float: top-1 {done.float_top1:.2f} %")
+    if done.resumed:
+        _stdout.print(f"{done.resumed} of {len(done.cells)} cells were there before")
+    _stdout.print(f"cells  {done.folder / 'sweep.json'}", markup=False)
+    if done.plot is not None:
+        _stdout.print(f"plot   {done.plot}", markup=False)
 
 
 def _describe_target(profile: TargetProfile) -> dict[str, Any]:

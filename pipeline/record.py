@@ -43,8 +43,10 @@ __all__ = [
     "describe_generation",
     "describe_model",
     "describe_restoration",
+    "flat_settings",
     "metadata",
     "recorded_preprocessing",
+    "versions",
     "write_run_json",
 ]
 

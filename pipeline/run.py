@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from graph_tools.containers import Container
 from graph_tools.equalization import equalize_channels
 from graph_tools.errors import SettingsError, ZsqError
 from graph_tools.model import Model, load, save
@@ -57,7 +58,7 @@ from pipeline.settings import (
     VerifySettings,
 )
 from pipeline.stopping import Interrupted
-from pipeline.target_profiles import load_profile
+from pipeline.target_profiles import TargetProfile, load_profile
 from pipeline.target_rules import in_form, not_taken, settings_for, with_batch
 from pipeline.verify import verify
 from pipeline.verify.accumulators import refuse_overflow
@@ -76,8 +77,10 @@ __all__ = [
     "given_preprocessing",
     "preprocessing_of",
     "quantize_file",
+    "quantize_prepared",
     "quantizer_of",
     "restored_from",
+    "write_file",
 ]
 
 logger = logging.getLogger(__name__)
@@ -107,11 +110,11 @@ class QuantizeJob:
 
     model: Path
     output: Path
-    input: InputSettings
-    generation: GenerateSettings
-    quantization: QuantizeSettings
-    verification: VerifySettings
     checkpoints: CheckpointSettings = field(default_factory=CheckpointSettings)
+    input: InputSettings = field(default_factory=InputSettings)
+    generation: GenerateSettings = field(default_factory=GenerateSettings)
+    quantization: QuantizeSettings = field(default_factory=QuantizeSettings)
+    verification: VerifySettings = field(default_factory=VerifySettings)
     images: Path | None = None
     data: Path | None = None
     bn_from: Path | None = None
@@ -186,7 +189,7 @@ def quantize_file(
                 job, model, work, progress, ranks
             )
         with clock("quantize"):
-            quantization = _quantized(
+            quantization = quantize_prepared(
                 model,
                 images,
                 job.quantization,
@@ -197,15 +200,13 @@ def quantize_file(
         with clock("write"):
             written = work / job.output.name
             properties = metadata(model, job, preprocessing, generated)
-            proto = write_qdq(
-                with_batch(profile, network),
-                quantization.plan,
-                metadata=properties,
+            write_file(
+                quantization,
+                written,
+                profile,
                 container=job.quantization.container,
+                metadata=properties,
             )
-            proto = in_form(profile, proto)
-            refuse_overflow(QuantizedGraph(proto))
-            save(proto, written)
             quantization.plan.save(work / "plan.json")
         with clock("verify"):
             proof = verify(
@@ -295,6 +296,31 @@ def _loaded(job: QuantizeJob) -> tuple[Model, Restoration | None]:
     return (model if restoration is None else restoration.model), restoration
 
 
+def write_file(
+    quantization: Quantization,
+    path: Path,
+    profile: TargetProfile,
+    *,
+    container: Container,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a quantized network in the form that a target wants.
+
+    Raises:
+        IntegerOverflowError: a layer whose 32-bit sums can overflow.
+        ZsqError: the file cannot be written.
+    """
+    proto = write_qdq(
+        with_batch(profile, quantization.model),
+        quantization.plan,
+        metadata=metadata,
+        container=container,
+    )
+    proto = in_form(profile, proto)
+    refuse_overflow(QuantizedGraph(proto))
+    save(proto, path)
+
+
 def restored_from(
     bn_from: Path | None, model: Model, settings: InputSettings
 ) -> Restoration | None:
@@ -364,13 +390,13 @@ def quantizer_of(
     chosen = settings or QuantizeSettings(weights=4, activations=4, rounding="brecq")
 
     def decide(images: ImageSet) -> tuple[Model, Plan]:
-        quantization = _quantized(model, images, chosen, seed=seed)
+        quantization = quantize_prepared(model, images, chosen, seed=seed)
         return quantization.model, quantization.plan
 
     return decide
 
 
-def _quantized(
+def quantize_prepared(
     model: Model,
     images: ImageSet,
     settings: QuantizeSettings,
@@ -378,6 +404,7 @@ def _quantized(
     seed: int,
     on_step: OnStep | None = None,
 ) -> Quantization:
+    """Prepare a loaded network and choose its quantizers."""
     network = prepare_for_quantization(model)
     if settings.equalization:
         network = equalize_channels(network)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -21,7 +23,10 @@ __all__ = [
     "DetectionSettings",
     "GenerateSettings",
     "InputSettings",
+    "Method",
     "QuantizeSettings",
+    "Rounding",
+    "SweepGrid",
     "TargetSize",
     "VerifySettings",
 ]
@@ -33,13 +38,15 @@ def _require(condition: bool, field: str, value: object, rule: str) -> None:
         raise SettingsError(f"{value!r} is not {rule}", where=option)
 
 
+Method = Literal["auto", "dgh", "zeroq", "dsg", "intraq", "genie", "sadag", "prior", "noise"]
+Rounding = Literal["nearest", "adaround", "brecq"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerateSettings:
     """How images are made: by DGH (arXiv 2410.22110) unless --method says otherwise."""
 
-    method: Literal[
-        "auto", "dgh", "zeroq", "dsg", "intraq", "genie", "sadag", "prior", "noise"
-    ] = "auto"
+    method: Method = "auto"
     """dgh: match BatchNormalization statistics over all images; zeroq: by each image; dsg: by each
     image, with margins; intraq: by each batch, images of classes (classifiers only); genie: by each
     batch, images out of a generator network; sadag: those of genie or dgh, refined on the quantized
@@ -216,7 +223,7 @@ class QuantizeSettings:
     """Type that holds integers of 4 bits and fewer: int8 (uint8 behind a Clip), for which
     onnxruntime has integer kernels, or int4 (uint4; opset 21), half the size. The values are the
     same. Weights of 3 and 2 bits take int4, too."""
-    rounding: Literal["nearest", "adaround", "brecq"] = "nearest"
+    rounding: Rounding = "nearest"
     """How weights become integers. nearest: the nearest one; adaround: up or down, learned layer
     by layer; brecq: learned block by block. Both learn on the calibration images, which takes
     time; they are for weights of few bits."""
@@ -515,3 +522,33 @@ class InputSettings:
             raise SettingsError(
                 f"{' '.join(words)!r} is not a list of numbers", where=f"--{field}"
             ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepGrid:
+    """What a sweep varies; every combination is a cell."""
+
+    weights: tuple[Literal[8, 4, 3, 2], ...] = (8, 4)
+    """Bits of the weights."""
+    activations: tuple[Literal[16, 8, 4], ...] = (8,)
+    """Bits of the activations."""
+    rounding: tuple[Rounding, ...] = ("nearest", "adaround")
+    """How weights become integers."""
+    method: tuple[Method, ...] = ("auto",)
+    """How images are made."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the images."""
+
+    def __post_init__(self) -> None:
+        for name, values in vars(self).items():
+            if not values or len(set(values)) < len(values):
+                rule = "names one twice" if values else "names none"
+                raise SettingsError(rule, where=f"--{name}")
+
+    def images(self) -> Iterator[tuple[Method, int]]:
+        """Every method with every seed."""
+        return product(self.method, self.seeds)
+
+    def held_out(self) -> tuple[Method, int]:
+        """Method and seed of the images that fidelity is measured on."""
+        return self.method[0], max(self.seeds) + 1

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,27 @@ SURFACE = {  # what users import; a change here is a change of the public interf
     "graph_tools.restore": {"Match", "Restoration", "restore_batch_norms"},
     "graph_tools.side_file": {"NormStatistics", "SideFile", "read_side_file"},
     "graph_tools.torch_graph": {"Entry", "Hook", "OLDEST_OPSET", "Step", "TorchGraph"},
+    "pipeline": {
+        "GenerateSettings",
+        "InputSettings",
+        "QuantizeJob",
+        "QuantizeSettings",
+        "Result",
+        "SweepGrid",
+        "VerifySettings",
+        "ZsqError",
+        "compare_files",
+        "evaluate_files",
+        "export_file",
+        "generate_images",
+        "load",
+        "open_images",
+        "quantize_file",
+        "quantize_model",
+        "sweep_file",
+        "verify_model",
+        "write_qdq",
+    },
     "pipeline.environments": {
         "Environment",
         "environments_folder",
@@ -53,7 +76,10 @@ SURFACE = {  # what users import; a change here is a change of the public interf
         "DetectionSettings",
         "GenerateSettings",
         "InputSettings",
+        "Method",
         "QuantizeSettings",
+        "Rounding",
+        "SweepGrid",
         "TargetSize",
         "VerifySettings",
     },
@@ -71,3 +97,19 @@ def test_every_public_name_exists(name):
 @pytest.mark.parametrize("name", SURFACE)
 def test_the_interface_is_what_users_know(name):
     assert set(importlib.import_module(name).__all__) == SURFACE[name]
+
+
+def test_import_pipeline_is_fast():
+    """Nothing heavy is imported before a name is used; every name is what its module has."""
+    code = """
+import sys, pipeline
+assert sorted(dir(pipeline)) == dir(pipeline) and set(pipeline.__all__) <= set(dir(pipeline))
+heavy = {"torch", "onnx", "onnxruntime", "numpy", "matplotlib", "tyro"} & set(sys.modules)
+assert not heavy, heavy
+import pipeline.generate, pipeline.quantize, pipeline.verify
+assert all(callable(getattr(pipeline, name)) for name in pipeline.__all__)
+assert pipeline.load is pipeline.api.load
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        importlib.import_module("pipeline").nothing  # noqa: B018
