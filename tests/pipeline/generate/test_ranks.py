@@ -210,6 +210,10 @@ def test_a_process_that_dies_ends_the_run_with_one_error_and_a_checkpoint(
     assert err.count("\n") == 1
     if lost == 1:
         assert "the last good checkpoint is kept" in err
+    left = tmp_path / ".images.npz.process1"
+    assert left.is_dir() == (lost == 1)  # what was killed cleans up nothing
+    with ALONE.own_path(path):
+        assert not left.exists()
     kept = sorted(checkpoint_folder(path).glob("stage*"))
     assert len(kept) in (2, 3)
     assert not path.exists()
