@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cells import Cell, read_cells, run_cells, write_text
+from cells import Cell, add_shard, read_cells, run_cells, write_text
 
 from graph_tools.model import load
 from pipeline.evaluate.classification import evaluate_classification
@@ -364,6 +364,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--tables-only", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS / "accuracy.json")
+    add_shard(parser)
     args = parser.parse_args()
     for scheme in args.schemes:
         bits_of(scheme)
@@ -376,6 +377,7 @@ def main() -> None:
             runs,
             lambda cell: f"{cell['top1']:.2f} ({cell['seconds']:.0f} s)",
             fresh=args.fresh,
+            part=args.shard,
         )
     tables = markdown(read_cells(args.output))
     write_text(args.output.with_suffix(".md"), tables)

@@ -20,7 +20,7 @@ from pathlib import Path
 import accuracy
 import numpy as np
 import torch
-from cells import Cell, run_cells
+from cells import Cell, add_shard, run_cells
 
 from graph_tools.model import load, save
 from graph_tools.prepare import prepare_for_quantization
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--images", default="dgh")
     parser.add_argument("--images-folder", type=Path, required=True)
     parser.add_argument("--fresh", action="store_true")
+    add_shard(parser)
     args = parser.parse_args()
     runs = {
         f"{name}/{scheme}/{args.images}": functools.partial(
@@ -82,7 +83,11 @@ def main() -> None:
     }
     path = accuracy.RESULTS / "agreement.json"
     cells = run_cells(
-        path, runs, lambda cell: f"{cell['other_predictions']} differ", fresh=args.fresh
+        path,
+        runs,
+        lambda cell: f"{cell['other_predictions']} differ",
+        fresh=args.fresh,
+        part=args.shard,
     )
     print("\n| network, bits, images | images | other predictions | other elements |")
     print("|---|---|---|---|")

@@ -28,7 +28,7 @@ from typing import Any
 
 import accuracy
 import torch
-from cells import Cell, run_cells
+from cells import Cell, add_shard, run_cells
 
 from graph_tools.model import load, save
 from graph_tools.prepare import prepare_for_quantization
@@ -172,6 +172,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--images-folder", type=Path, required=True)
     parser.add_argument("--fresh", action="store_true")
+    add_shard(parser)
     args = parser.parse_args()
     runs = {
         f"{name}/{scheme}/{images}/{way}/{seed}": functools.partial(
@@ -184,7 +185,9 @@ def main() -> None:
         for way in WAYS
     }
     path = accuracy.RESULTS / "exponents.json"
-    cells = run_cells(path, runs, lambda cell: f"{cell['top1']:.2f}", fresh=args.fresh)
+    cells = run_cells(
+        path, runs, lambda cell: f"{cell['top1']:.2f}", fresh=args.fresh, part=args.shard
+    )
     print_table(cells)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from accuracy import CASES, RESULTS, Key, float_cell, quantized_cell
-from cells import Cell, run_cells
+from cells import Cell, add_shard, run_cells
 
 
 def spearman(a: list[float], b: list[float]) -> float:
@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--keep-images", type=Path, help="folder")
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS / "mixed_precision.json")
+    add_shard(parser)
     args = parser.parse_args()
     args.iterations, args.guess, args.verify_images = 0, False, 64
     runs = {}
@@ -118,6 +119,7 @@ def main() -> None:
         runs,
         lambda cell: f"{cell['top1']:.2f} ({cell['seconds']:.0f} s)",
         fresh=args.fresh,
+        part=args.shard,
     )
     print_accuracy(cells, args.networks)
     print_ranks(cells, args.networks)

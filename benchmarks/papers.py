@@ -16,12 +16,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import matplotlib
 import torch
-from cells import Cell, read_cells, run_cells, write_text
+from cells import Cell, add_shard, read_cells, run_cells, write_text
 
 matplotlib.use("Agg")
 
@@ -59,24 +58,12 @@ EXPERIMENTS: dict[str, Experiment] = {
 }
 
 
-def shard(text: str) -> tuple[int, int]:
-    """``1/4``: the second of four parts."""
-    try:
-        index, count = (int(word) for word in text.split("/"))
-    except ValueError:
-        index, count = 0, 0
-    if not 0 <= index < count:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 0/4")
-    return index, count
-
-
 def run(name: str, args: argparse.Namespace) -> str:
     """Run the cells of an experiment that are missing, and write table and plot."""
     experiment, path = EXPERIMENTS[name], args.output / f"{name}.json"
     if not args.tables_only:
-        index, count = args.shard
-        runs = dict(islice(experiment.plan(args), index, None, count))
-        run_cells(path, runs, experiment.describe, fresh=args.fresh)
+        runs = dict(experiment.plan(args))
+        run_cells(path, runs, experiment.describe, fresh=args.fresh, part=args.shard)
     cells = read_cells(path)
     if not cells:
         return f"no cells in {path}"
@@ -96,7 +83,7 @@ def main() -> None:
         command.add_argument("--num-images", type=int, default=0)
         command.add_argument("--iterations", type=int, default=0, help="of generation")
         command.add_argument("--keep-images", type=Path, help="folder: make each only once")
-        command.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N")
+        add_shard(command)
         command.add_argument("--threads", type=int, default=0)
         command.add_argument("--fresh", action="store_true")
         command.add_argument("--tables-only", action="store_true")

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from accuracy import CASES, RESULTS, SHARED, model_path
-from cells import run_cells
+from cells import add_shard, run_cells
 
 from graph_tools.batchnorm import fold_batch_norms
 from graph_tools.model import load, save
@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS / "prior.json")
+    add_shard(parser)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -145,6 +146,7 @@ def main() -> None:
         runs,
         lambda cell: f"{cell['w8']:.2f} {cell['w4']:.2f}",
         fresh=args.fresh,
+        part=args.shard,
     )
     print_table(cells, args.networks)
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from cells import Cell, read_cells, run_cells
+from cells import Cell, add_shard, read_cells, run_cells
 
 from graph_tools.batchnorm import find_batch_norms
 from graph_tools.model import load
@@ -104,12 +104,14 @@ def main() -> None:
     parser.add_argument("--rates", nargs="*", type=float, default=[0.02, 0.1])
     results = ROOT / "benchmarks" / "results" / "refinement.json"
     parser.add_argument("--output", type=Path, default=results)
+    add_shard(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)
     run_cells(
         args.output,
         dict(planned(args)),
         lambda found: ", ".join(f"{name} {value:.4f}" for name, value in found.items()),
+        part=args.shard,
     )
     print("| form, reach, steps before, seed | statistics | L_GM | L_div |\n|---|---|---|---|")
     for key, found in read_cells(args.output).items():

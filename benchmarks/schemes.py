@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from accuracy import CASES, RESULTS, SHARED, model_path
-from cells import run_cells
+from cells import add_shard, run_cells
 
 from graph_tools.errors import TargetError
 from graph_tools.model import load, save
@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS / "schemes.json")
+    add_shard(parser)
     args = parser.parse_args()
     runs = {
         f"{name}/{scheme}/{seed}": functools.partial(run_cell, name, scheme, seed, args)
@@ -166,6 +167,7 @@ def main() -> None:
         runs,
         lambda cell: f"{cell['top1']:.2f} {cell.get('int4', '')}",
         fresh=args.fresh,
+        part=args.shard,
     )
     print_table(cells)
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cells import Cell, read_cells, run_cells, write_text
+from benchmarks.cells import Cell, add_shard, read_cells, run_cells, write_text
 from benchmarks.proof import CASES, CIFAR, ROOT, SHARED, STANDARD
 from graph_tools.model import load
 from pipeline.images import ImageSet, ImageWriter, open_images
@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--files", type=Path, help="folder that keeps the quantized files")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--fresh", action="store_true")
+    add_shard(parser)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         args.files = args.files or Path(folder)
@@ -193,7 +194,7 @@ def main() -> None:
             for name in args.networks
             for scheme in args.schemes
         }
-        cells = run_cells(args.results, runs, describe, fresh=args.fresh)
+        cells = run_cells(args.results, runs, describe, fresh=args.fresh, part=args.shard)
     text = table(cells)
     write_text(args.results.with_suffix(".md"), text)
     print(text)

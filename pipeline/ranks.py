@@ -7,7 +7,9 @@ gloo. Where there is one process nothing is sent and torch.distributed is not to
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -108,11 +110,19 @@ class Ranks:
     def own_path(self, path: Path) -> Iterator[Path]:
         """Give the first process ``path``, and the others one of their own, removed at the end."""
         if self.rank == 0:
+            for left in _left_of(path) if self.count == 1 else ():
+                shutil.rmtree(left, ignore_errors=True)
             yield path
             return
-        parent = path.parent if os.access(path.parent, os.W_OK) else None
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=parent) as folder:
-            yield Path(folder) / path.name
+        there = os.access(path.parent, os.W_OK)
+        parent = path.parent if there else Path(tempfile.gettempdir())
+        folder = parent / f".{path.name}.process{self.rank}"
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        folder.mkdir()
+        try:
+            yield folder / path.name
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
@@ -140,6 +150,10 @@ class Ranks:
 
 ALONE = Ranks()
 """One process."""
+
+
+def _left_of(path: Path) -> list[Path]:
+    return list(path.parent.glob(f".{glob.escape(path.name)}.process*"))
 
 
 def started_rank() -> int:

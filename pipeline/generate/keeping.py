@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import logging
@@ -140,5 +141,6 @@ def with_smaller_batches(
         checkpoints.warnings.append(warning)
         checkpoints.lowered_to = size
         checkpoints.clear()
+        gc.collect()
         if settings.device.startswith("cuda"):
             torch.cuda.empty_cache()

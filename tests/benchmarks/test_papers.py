@@ -97,13 +97,16 @@ def test_shards_share_the_cells(papers: ModuleType, tmp_path: Path) -> None:
         patch.setitem(papers.EXPERIMENTS, "some", experiment)
         for part, so_far in (("0/3", 3), ("1/3", 5), ("1/3", 5), ("2/3", 7)):
             args = argparse.Namespace(
-                output=tmp_path, shard=papers.shard(part), tables_only=False, fresh=False
+                output=tmp_path,
+                shard=sys.modules["cells"].shard(part),
+                tables_only=False,
+                fresh=False,
             )
             assert papers.run("some", args) == f"{so_far} cells\n"
     assert sorted(done) == list(range(7))
     for wrong in ("3/3", "1", "a/b"):
         with pytest.raises(argparse.ArgumentTypeError):
-            papers.shard(wrong)
+            sys.modules["cells"].shard(wrong)
 
 
 def accuracy_cells() -> dict[str, dict]:

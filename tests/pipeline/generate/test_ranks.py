@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ import pytest
 import torch
 
 from graph_tools.errors import SettingsError
-from graph_tools.model import Model
+from graph_tools.model import Model, load
 from pipeline.generate import Generated, generate
 from pipeline.generate.checkpoints import checkpoint_folder
 from pipeline.generate.exchange import draw_order
 from pipeline.preprocessing import Preprocessing
 from pipeline.ranks import ALONE, Ranks
-from pipeline.settings import GenerateSettings
+from pipeline.run import preprocessing_of
+from pipeline.settings import CheckpointSettings, GenerateSettings, InputSettings
 
 ROOT = Path(__file__).resolve().parents[3]
 HALF = Preprocessing(mean=(0.5,), std=(0.5,))
@@ -149,9 +151,26 @@ def started() -> Iterator[list[Processes]]:
         processes.kill()
 
 
+SETTINGS = {"num_images": 18, "batch_size": 4, "start": "noise", "parallel_batches": 2}
+
+
 def words(model: Path, path: Path, *more: object) -> list[object]:
-    small = ["--num-images", 18, "--batch-size", 4, "--iterations", 6, "--start", "noise"]
-    return ["generate", model, "-o", path, *small, "--parallel-batches", 2, *more]
+    flags = [(f"--{name.replace('_', '-')}", value) for name, value in SETTINGS.items()]
+    given = ["--mean", 0.5, "--std", 0.5, *(word for flag in flags for word in flag)]
+    return ["generate", model, "-o", path, *given, *more]
+
+
+def here(model: Path, path: Path, iterations: int, *, resume: bool = False) -> Generated:
+    """What the command line does, in this process."""
+    return generate(
+        load(model),
+        GenerateSettings(**SETTINGS, iterations=iterations),  # type: ignore[arg-type]
+        path,
+        preprocessing=preprocessing_of(
+            load(model), InputSettings(mean=("0.5",), std=("0.5",))
+        ),
+        checkpoints=CheckpointSettings(resume=resume),
+    )
 
 
 def test_two_processes_give_the_images_and_statistics_of_one(
@@ -159,26 +178,16 @@ def test_two_processes_give_the_images_and_statistics_of_one(
 ) -> None:
     model = digits_models / "digits_resnet.onnx"
     one, two = tmp_path / "one.npz", tmp_path / "two.npz"
-    started.append(Processes(*words(model, two, "--json")))
+    started.append(Processes(*words(model, two, "--iterations", 12, "--json")))
+    alone = here(model, one, 12)
     (code, out, err), (other_code, *said) = started[0].wait()
     assert (code, other_code) == (0, 0), err
     assert said == ["", ""]  # only the first one speaks
-    single = [sys.executable, "-m", "pipeline.cli", *map(str, words(model, one, "--json"))]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    alone = subprocess.run(
-        [*single, "--threads", "1"],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
     assert one.read_bytes() == two.read_bytes()
+    found = json.loads(out)
     for name in ("statistics", "history"):
-        for row, wanted in zip(
-            json.loads(out)[name], json.loads(alone.stdout)[name], strict=True
-        ):
-            numbers = {k: v for k, v in wanted.items() if isinstance(v, float)}
+        for row, wanted in zip(found[name], getattr(alone, name), strict=True):
+            numbers = {k: v for k, v in asdict(wanted).items() if isinstance(v, float)}
             assert {k: row[k] for k in numbers} == pytest.approx(numbers, rel=1e-5)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.npz", "two.npz"]
 
@@ -201,6 +210,10 @@ def test_a_process_that_dies_ends_the_run_with_one_error_and_a_checkpoint(
     assert err.count("\n") == 1
     if lost == 1:
         assert "the last good checkpoint is kept" in err
+    left = tmp_path / ".images.npz.process1"
+    assert left.is_dir() == (lost == 1)  # what was killed cleans up nothing
+    with ALONE.own_path(path):
+        assert not left.exists()
     kept = sorted(checkpoint_folder(path).glob("stage*"))
     assert len(kept) in (2, 3)
     assert not path.exists()
@@ -224,10 +237,8 @@ def test_what_two_processes_kept_one_goes_on_from(
         r"zsq: interrupted: stopped after iteration .*; --resume goes on there\n", err
     )
     assert said == ["", ""]
-    for target, flag in ((path, ["--resume"]), (whole, [])):
-        line = [*map(str, words(model, target, *more, *flag)), "--threads", "1"]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pipeline.cli", *line]
-        subprocess.run(command, cwd=ROOT, env=env, check=True)
+    result = here(model, path, 80, resume=True)
+    assert "went on from the checkpoint" in result.notes[-1]
+    here(model, whole, 80)
     assert path.read_bytes() == whole.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "b.npz"]
