@@ -94,6 +94,8 @@ def markdown(cells: dict[str, Cell]) -> str:
         lines += [_row(head), "|---" * len(head) + "|"]
         for said in ("right", "none", *WRONG):
             found = [cells.get(f"{network}/{said}/{images}") for images in IMAGES]
+            if not any(found):
+                continue
             warned = any(
                 "contradicts" in text for one in found if one for text in one["warnings"]
             )
