@@ -1,6 +1,7 @@
 # make demo   quantize the shipped network without data, prove it, evaluate it, write the report
 # make test   the whole test suite
 # make lint   ruff and mypy
+# make docs   the documentation as a site: build/site/index.html
 # make ort    an environment for --engine ort (Linux x86-64, Python 3.11): .venv-ort/bin/zsq
 # make test-ort   the tests that need it
 PYTHON ?= python3
@@ -14,7 +15,7 @@ VENV_ORT := .venv-ort
 BIN_ORT := $(VENV_ORT)/bin
 INSTALLED_ORT := $(VENV_ORT)/.installed
 
-.PHONY: demo test lint ort test-ort benchmarks clean
+.PHONY: demo test lint docs ort test-ort benchmarks clean
 
 demo: $(INSTALLED)
 	rm -rf demo && mkdir demo
@@ -35,6 +36,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "documentation: build/site/index.html"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
