@@ -78,5 +78,6 @@ def without_batch_norm(tmp_path: Path) -> Model:
 
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out what takes most of the time of small runs: how good the images are."""
+    """Leaves out what takes most of the time of small runs: looks at the images and the input."""
+    monkeypatch.setattr("pipeline.generate.doubt", lambda *args, **kwargs: None)
     monkeypatch.setattr("pipeline.generate.measure_quality", lambda *args: UNMEASURED)
