@@ -66,13 +66,25 @@ def deferred_stop() -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Let SIGTERM end the block as SIGINT does, so that what it began is cleaned up."""
+    """Let SIGTERM end the block as SIGINT does, so that what it began is cleaned up.
+
+    The same signal may come once more, see ``_SAME``: that one is waited for, and does nothing.
+    """
+    last = -_SAME
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        nonlocal last
+        now = time.monotonic()
+        if now - last > _SAME:
+            last = now
+            raise KeyboardInterrupt
 
-    with _handled(interrupt, signal.SIGTERM):
-        yield
+    with _handled(interrupt, signal.SIGINT, signal.SIGTERM):
+        try:
+            yield
+        except KeyboardInterrupt:
+            time.sleep(max(0.0, last + _SAME - time.monotonic()))
+            raise
 
 
 @contextlib.contextmanager

@@ -35,7 +35,12 @@ def memory_guard() -> Iterator[None]:
 def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(
         words in str(error)
-        for words in ("DefaultCPUAllocator", "can't allocate memory", "out of memory")
+        for words in (
+            "DefaultCPUAllocator",
+            "can't allocate memory",
+            "out of memory",
+            "could not create a primitive",  # oneDNN's
+        )
     )
 
 

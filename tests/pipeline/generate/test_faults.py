@@ -23,7 +23,7 @@ from pipeline.generate.checkpoints import checkpoint_folder
 from pipeline.generate.network import Network
 from pipeline.preprocessing import Preprocessing
 from pipeline.settings import CheckpointSettings, GenerateSettings
-from pipeline.stopping import Interrupted, deferred_stop
+from pipeline.stopping import Interrupted, deferred_stop, terminable
 
 HALF = Preprocessing(mean=(0.5,), std=(0.5,))
 ROOT = Path(__file__).resolve().parents[3]
@@ -109,6 +109,24 @@ def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reached == ["twice at once"]
 
 
+def test_a_signal_that_comes_twice_at_once_ends_the_command_once() -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    reached = []
+
+    def work() -> None:
+        with terminable():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+                reached.append("cleaned up")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert reached == ["cleaned up"]
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
 def test_a_request_that_nobody_meets_ends_the_block() -> None:
     reached = []
 
@@ -192,8 +210,13 @@ CPU_FULL = RuntimeError(
 CUDA_FULL = RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
 
+ONEDNN_FULL = RuntimeError("could not create a primitive")
+
+
 @pytest.mark.parametrize(
-    "error", [CPU_FULL, CUDA_FULL, MemoryError()], ids=["cpu", "cuda", "python"]
+    "error",
+    [CPU_FULL, CUDA_FULL, ONEDNN_FULL, MemoryError()],
+    ids=["cpu", "cuda", "onednn", "python"],
 )
 def test_batches_that_do_not_fit_are_halved(
     small: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
