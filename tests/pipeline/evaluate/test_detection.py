@@ -183,7 +183,7 @@ def test_quantize_reports_map_before_and_after(tmp_path: Path, data: Path, hook:
     assert report["settings"]["resize"] == "stretch"
     page = (tmp_path / "m.w8a8" / "report.html").read_text()
     assert "mAP@0.5:0.95, %" in page
-    assert "mAP@0.5 100.0 \N{RIGHTWARDS ARROW} 100.0" in page
+    assert page.count(">100.00<") >= 4
     code, _, err = run(capsys, "quantize", model, *words[:-1], "yolo")
     assert code == 2
     assert "'yolo' is not a decoder" in err
