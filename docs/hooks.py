@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def calls(path: str) -> str:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             result = f" -> {ast.unparse(node.returns)}" if node.returns else ""
             head = f"{node.name}({ast.unparse(node.args)}){result}"
+            head = textwrap.fill(head, 88, subsequent_indent="    ")
             doc = ast.get_docstring(node) or ""
             lines += [f"### {node.name}", "", "```text", head, "", doc, "```", ""]
     return "\n".join(lines)
