@@ -31,6 +31,8 @@ __all__ = [
     "read_calibration",
 ]
 
+_FEW = 64  # images of a kind, the fewest that the constants were fitted to
+
 SMALL = 15
 """Points: how far off estimates are of smaller drops is said apart."""
 
@@ -161,17 +163,18 @@ def estimate_drop(
         held_out=shares.get("held-out"),
         matched=matched,
     )
+    fewest = min(found.images for found in fidelities)
     error = (constants.error_generated if matched else constants.error_other) * (1 + drop)
     return Estimate(
         drop=drop,
         low=drop - error,
         high=min(100.0, drop + error),
-        note=" ".join(_notes(constants, matched, classes, size)),
+        note=" ".join(_notes(constants, matched, classes, size, fewest)),
     )
 
 
 def _notes(
-    constants: Calibration, matched: bool, classes: int | None, size: int
+    constants: Calibration, matched: bool, classes: int | None, size: int, fewest: int
 ) -> Sequence[str]:
     notes = [
         f"From {constants.cells} measured files of {constants.networks} networks, each left out "
@@ -184,6 +187,8 @@ def _notes(
             "The calibration images were not made to match the network's statistics, which makes "
             "the estimate less sure."
         )
+    if fewest < _FEW:
+        notes.append(f"It rests on {fewest} images of a kind, fewer than were measured.")
     outside = [
         f"{value} {what} ({least} to {most})"
         for value, what, (least, most) in (

@@ -116,7 +116,7 @@ def _name(name: Any) -> Markup:
 def _command(text: Any) -> Markup:
     """Write a command so that no flag breaks behind its dashes."""
     keep = r'<span class="keep">\g<0></span>'
-    return Markup(re.sub(r"(?<!\S)--[a-z-]+", keep, str(escape(text))))
+    return Markup(re.sub(r"(?<![^\s(])--[a-z-]+", keep, str(escape(text))))
 
 
 def _plain(value: Any) -> str:

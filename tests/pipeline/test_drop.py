@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -60,6 +61,8 @@ def test_what_was_not_measured_is_said():
     assert "Outside" not in estimate(measured(0.9, 0.9)).note
     note = estimate(measured(0.9, 0.9), classes=2, size=512).note
     assert "2 classes (10 to 1000) and 512 pixels a side (32 to 224)" in note
+    few = [dataclasses.replace(found, images=32) for found in measured(0.9, 0.9)]
+    assert "rests on 32 images" in estimate(few).note
     outputs = [Fidelity(kind="calibration", images=9, agreement=None, sqnr_db=20.0)]
     refused = estimate_drop(outputs, matched=True, classes=None, size=320)
     assert refused == (

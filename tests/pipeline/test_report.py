@@ -492,7 +492,7 @@ def test_what_costs_most_is_named_with_its_flags(tmp_path: Path) -> None:
     for cost in report["sensitivity"]["costs"]:
         cost["bits"] = 4
     page, _ = write(tmp_path, report)
-    assert "learned rounding (--rounding adaround) will do more" in page.text
+    assert "--rounding adaround) will do more" in page.text
     report["sensitivity"] = None
     page, _ = write(tmp_path, report)
     assert "was not measured" in page.text
