@@ -52,6 +52,7 @@ def test_plans_have_a_cell_for_each_combination_and_seed(papers: ModuleType) -> 
     expected = {
         "ablation": 2 * 2 * 8 * 2,  # schemes, starts, parts, seeds
         "scope": 3 * 2 * 2,
+        "refresh": 2 * 3 * 2 * 2,
         "bits": 6 * (len(METHODS) + 2) * 2,
         "methods": 2 * 2 * (len(METHODS) + 2) * 2,
         "sadag": 2 * 5 * 2,
