@@ -1,7 +1,7 @@
 """Faces that UltraFace finds before and after quantization: a figure, and how many stay.
 
 Quantizes the network without data (or takes a file that was), runs both on the pictures of COCO in
-../shared, and draws the boxes of three of them:
+../shared, and draws the boxes of three of them, on a mosaic, so that no picture leaves its place:
 
     python benchmarks/faces.py [--quantized FILE]
 
@@ -43,6 +43,7 @@ PIXELS = Preprocessing(mean=(127 / 255,), std=(128 / 255,))
 SHOWN = ("000000000308", "000000000536", "000000000389")
 MIN_SCORE, OVERLAP = 0.6, 0.3  # as in the network's own demonstration
 SIZE = (300, 200)  # of a picture in the figure
+BLOCK = 5
 COLORS = {"float": (0, 200, 255), "W8A8": (255, 220, 0)}
 
 
@@ -112,7 +113,7 @@ def draw(dataset: BoxDataset, columns: dict[str, list[Detections]]) -> Image.Ima
                 index = stems.index(stem)
                 picture = decode(read(dataset.names[index]), 3, stem)
                 lie = placement(picture.size, SIZE[1], SIZE[0], "crop")
-                shown = Image.fromarray(place(picture, SIZE[1], SIZE[0], "crop", stem))
+                shown = mosaic(Image.fromarray(place(picture, SIZE[1], SIZE[0], "crop", stem)))
                 pen = ImageDraw.Draw(shown)
                 for box, score in zip(found[index].boxes, found[index].scores, strict=True):
                     scale = np.array([lie.scale_x, lie.scale_y] * 2)
@@ -122,6 +123,14 @@ def draw(dataset: BoxDataset, columns: dict[str, list[Detections]]) -> Image.Ima
                 write(pen, (4, 2), label, COLORS[label])
                 figure.paste(shown, (column * SIZE[0], row * SIZE[1]))
     return figure
+
+
+def mosaic(picture: Image.Image) -> Image.Image:
+    """Blocks of `BLOCK` pixels: what is where can be seen, but not who."""
+    small = picture.resize(
+        (picture.width // BLOCK, picture.height // BLOCK), Image.Resampling.BOX
+    )
+    return small.resize(picture.size, Image.Resampling.NEAREST)
 
 
 def write(

@@ -74,9 +74,9 @@ def _wait(child: int) -> int:
         if ended:
             return os.waitstatus_to_exitcode(status)
         received = signal.sigtimedwait(_PASSED_ON, 1.0)
-        if received is not None and received.si_signo != signal.SIGCHLD:
-            if received.si_code <= 0:  # sent by a process
-                os.kill(child, received.si_signo)
+        passed_on = received is not None and received.si_signo in _PASSED_ON - {signal.SIGCHLD}
+        if received is not None and passed_on and received.si_code <= 0:  # sent by a process
+            os.kill(child, received.si_signo)
 
 
 def _end_with_parent(alive: int) -> None:
