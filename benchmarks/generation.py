@@ -15,7 +15,7 @@ to the pixels. Run from the repository root::
 
     python benchmarks/generation.py
     python benchmarks/generation.py --networks resnet18 --batch-sizes 16 --rounds 3
-    python benchmarks/generation.py --networks resnet18 --device cuda --precisions tf32 bf16
+    python benchmarks/generation.py --networks resnet18 --device cuda
 
 Prints a table and writes benchmarks/results/generation.json.
 """
@@ -308,18 +308,25 @@ def main() -> None:
         return
     print("| network | batch | | image-iterations/s | of GEMM peak | peak MB | zsq / it |")
     print("|---|---|---|---|---|---|---|")
-    rows = []
+    facts = {name: getattr(options, name) for name in ("steps", "rounds", "threads", "device")}
     for network in options.networks:
         for size in options.batch_sizes:
-            rows.append(row := compare(network, size, options))
+            row = {**compare(network, size, options), **facts}
+            store(options.output, row)
             for contestant in CONTESTANTS:
                 print(line(row, contestant), flush=True)
-    facts = {name: getattr(options, name) for name in ("steps", "rounds", "threads", "device")}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    kept = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
-    fresh = {(row["network"], row["batch_size"]) for row in rows}
-    kept = [row for row in kept if (row["network"], row["batch_size"]) not in fresh]
-    options.output.write_text(json.dumps({**facts, "rows": [*kept, *rows]}, indent=2) + "\n")
+
+
+def store(path: Path, row: dict[str, Any]) -> None:
+    """Put a row into the file, in place of an older one of the same network and batch size."""
+
+    def name(entry: dict[str, Any]) -> tuple[Any, ...]:
+        return entry["network"], entry["batch_size"], entry["device"]
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = json.loads(path.read_text()) if path.exists() else []
+    found = [entry for entry in found if name(entry) != name(row)]
+    path.write_text(json.dumps([*found, row], indent=2) + "\n")
 
 
 if __name__ == "__main__":
