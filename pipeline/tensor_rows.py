@@ -106,7 +106,8 @@ def _weight_histogram(values: Array, constant: QuantizedConstant) -> dict[str, A
     if constant.role == "bias":
         return None
     quantizer = constant.quantizer
-    threshold = quantizer.scale_for(values.ndim) * 2.0 ** (quantizer.bits - quantizer.signed)
+    scale = np.asarray(quantizer.scale_for(values.ndim), np.float64)
+    threshold = scale * 2.0 ** (quantizer.bits - quantizer.signed)
     relative = (np.asarray(values, np.float64) / threshold).reshape(-1)
     limit = max(1.0, float(np.abs(relative).max(initial=0.0)))
     found = _binned(relative, None, -limit if quantizer.signed else 0.0, limit)

@@ -280,14 +280,30 @@ def test_double_throughout(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------- interfaces
 
 
-def test_uint8_image_is_refused_with_what_is_needed(tmp_path: Path) -> None:
+def test_uint8_image_that_is_cast_first_becomes_a_float_one(tmp_path: Path) -> None:
     proto = parse(
         """net (uint8[N,3,8,8] image) => (float[N,4,8,8] y) {
         f = Cast<to=1>(image)
         y = Conv(f, w) }"""
     )
+    path = save(proto, tmp_path, w=weight(4, 3, 1, 1))
+    model = load(path)
+    pixels = np.random.default_rng(1).integers(0, 256, (2, 3, 8, 8), dtype=np.uint8)
+    (expected,) = session(path).run(None, {"image": pixels})
+    actual = TorchGraph(model.proto)(torch.from_numpy(pixels.astype(np.float32)))["y"]
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-5, atol=1e-3)
+    assert any("uint8" in note for note in model.notes)
+
+
+def test_uint8_image_that_indexes_is_refused_with_what_is_needed(tmp_path: Path) -> None:
+    proto = parse(
+        """net (uint8[N,3,8,8] image) => (float[N,4,8,8] y) {
+        i = Cast<to=7>(image)
+        f = Gather(table, i)
+        y = Conv(f, w) }"""
+    )
     with pytest.raises(ModelError, match="no float input of rank 4") as caught:
-        load(save(proto, tmp_path, w=weight(4, 3, 1, 1)))
+        load(save(proto, tmp_path, w=weight(4, 3, 1, 1), table=weight(256)))
     assert "uint8" in str(caught.value)
 
 
