@@ -182,6 +182,14 @@ def run_tensors(
     return run(images, run.batch)
 
 
+_TYPES: dict[str, np.dtype[Any]] = {
+    "tensor(uint8)": np.dtype(np.uint8),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(double)": np.dtype(np.float64),
+}
+"""Of images that a file takes, other than float32."""
+
+
 class _Run:
     def __init__(self, proto: onnx.ModelProto, tensors: list[str], threads: int) -> None:
         self.names = list(dict.fromkeys(tensors))
@@ -202,6 +210,7 @@ class _Run:
             raise ModelError(f"onnxruntime refuses the model: {error}") from error
         entry = self.session.get_inputs()[0]
         self.input = entry.name
+        self.type: np.dtype[Any] = _TYPES.get(entry.type, np.dtype(np.float32))
         first = entry.shape[0] if entry.shape else None
         self.batch = first if isinstance(first, int) and first > 0 else None
 
@@ -212,8 +221,10 @@ class _Run:
         if count < size:
             filler = np.repeat(images[-1:], size - count, axis=0)
             images = np.concatenate([images, filler])
+        whole = np.clip(np.rint(images), 0, 255) if self.type == np.uint8 else images
+        given = whole.astype(self.type)
         try:
-            values = self.session.run(self.names, {self.input: images, **self.weights})
+            values = self.session.run(self.names, {self.input: given, **self.weights})
         except Exception as error:  # see above
             raise ModelError(f"onnxruntime fails on a batch of {size}: {error}") from error
         return {

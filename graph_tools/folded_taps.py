@@ -26,9 +26,6 @@ from graph_tools.model import Model
 
 __all__ = ["Tap", "fold_taps"]
 
-_LARGEST_RATIO = 1e3
-"""Of |bias| to |scale|: the rounding of ``y`` in float32 grows by it on the way to ``x``."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Tap:
@@ -45,27 +42,34 @@ class Tap:
     center: np.ndarray
 
 
-def fold_taps(model: Model, sites: Sequence[BatchNormSite]) -> tuple[Model, dict[str, Tap]]:
+def fold_taps(
+    model: Model, sites: Sequence[BatchNormSite], *, largest_ratio: float = 1e3
+) -> tuple[Model, dict[str, Tap]]:
     """Fold the BatchNormalization nodes that can be, and say where their inputs are seen now.
 
     Args:
         model: the network.
         sites: nodes whose inputs are to be seen.
+        largest_ratio: of |bias| to |scale|, by which the rounding of ``y`` grows on the way to
+            ``x``; a node with a larger one stays.
 
     Returns:
         A model with, up to float32 rounding, the same outputs; and by name of each input that it
         has no longer, its tap.
     """
     watched = {site.node for site in sites}
-    flat = {
-        site.node: site
-        for site in find_batch_norms(model)
-        if bool(np.any(np.abs(site.bias) > _LARGEST_RATIO * np.abs(site.scale)))
-        or not np.all(site.scale)
-    }
-    folded = fold_batch_norms(model, keep=flat)
-    left = {node.name for node in folded.proto.graph.node}
     outputs = {node.name: node.output[0] for node in model.proto.graph.node}
+    every = find_batch_norms(model)
+    behind_others = {outputs[site.node] for site in every}
+    kept = [
+        site.node
+        for site in every
+        if bool(np.any(np.abs(site.bias) > largest_ratio * np.abs(site.scale)))
+        or not np.all(site.scale)
+        or site.tensor in behind_others
+    ]
+    folded = fold_batch_norms(model, keep=kept)
+    left = {node.name for node in folded.proto.graph.node}
     taps = {}
     for site in sites:
         if site.node in watched - left and site.node in outputs:

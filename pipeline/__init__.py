@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from pipeline.images import open_images
     from pipeline.run import QuantizeJob, Result, evaluate_files, export_file, quantize_file
     from pipeline.settings import (
+        CheckpointSettings,
+        DetectionSettings,
         GenerateSettings,
         InputSettings,
         QuantizeSettings,
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from pipeline.sweep import sweep_file
 
 __all__ = [
+    "CheckpointSettings",
+    "DetectionSettings",
     "GenerateSettings",
     "InputSettings",
     "QuantizeJob",
@@ -76,6 +80,8 @@ _HOME = {
         "quantize_file",
     ),
     "pipeline.settings": (
+        "CheckpointSettings",
+        "DetectionSettings",
         "GenerateSettings",
         "InputSettings",
         "QuantizeSettings",

@@ -562,6 +562,7 @@ class Sweep:
         base = QuantizeJob(
             model=self.model,
             output=self.model,
+            task=others.task,
             bn_from=others.bn_from,
             evaluate_data=self.evaluate or others.evaluate,
             input=others.input if self.input == InputSettings() else self.input,

@@ -183,7 +183,7 @@ def quantize_file(
     clock = _Clock()
     with _resumable(job.output), _output_folder(job.output) as work:
         with clock("load"):
-            model, restoration = _loaded(job)
+            model, restoration = load_network(job)
         with clock("generate"):
             images, preprocessing, generated = _calibration_images(
                 job, model, work, progress, ranks
@@ -272,7 +272,7 @@ def assist(job: QuantizeJob, ranks: Ranks) -> None:
         return
     if job.threads:
         torch.set_num_threads(job.threads)
-    model, _ = _loaded(job)
+    model, _ = load_network(job)
     with ranks.own_path(job.output) as output:
         generate(
             model,
@@ -285,7 +285,8 @@ def assist(job: QuantizeJob, ranks: Ranks) -> None:
         )
 
 
-def _loaded(job: QuantizeJob) -> tuple[Model, Restoration | None]:
+def load_network(job: QuantizeJob) -> tuple[Model, Restoration | None]:
+    """Load the model of a job, with the BatchNormalization that a side file gives back."""
     model = load(
         job.model,
         input_shape=job.input.shape(),

@@ -145,6 +145,8 @@ class GenerateSettings:
         _require(0 <= rate < math.inf, "learning_rate", rate, "0 or more")
         _require(self.scope >= 0, "scope", self.scope, "0 or more")
         _require(self.refresh >= 0, "refresh", self.refresh, "0 or more")
+        exact = self.engine == "torch" or self.precision == "auto"
+        _require(exact, "precision", self.precision, "auto with --engine ort")
         parallel = self.parallel_batches
         _require(parallel >= 0, "parallel_batches", parallel, "0 or more")
         more = self.oversample

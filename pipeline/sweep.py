@@ -23,7 +23,7 @@ import onnx
 
 from graph_tools.compare import compare_tensors, run_tensors
 from graph_tools.errors import DataError, SettingsError, ZsqError
-from graph_tools.model import Model, load
+from graph_tools.model import Model
 from graph_tools.quantizer import Plan
 from graph_tools.reading import read_proto
 from graph_tools.saving import data_file
@@ -32,7 +32,13 @@ from pipeline.generate import generate
 from pipeline.images import ImageSet, open_images
 from pipeline.pareto import front, plot_front
 from pipeline.record import flat_settings, versions
-from pipeline.run import QuantizeJob, preprocessing_of, quantize_file, quantizer_of
+from pipeline.run import (
+    QuantizeJob,
+    load_network,
+    preprocessing_of,
+    quantize_file,
+    quantizer_of,
+)
 from pipeline.settings import GenerateSettings, Method, SweepGrid
 
 __all__ = ["Cell", "Sweep", "sweep_file"]
@@ -161,13 +167,15 @@ def sweep_file(
     """
     if base.images is not None or base.data is not None:
         raise SettingsError("a sweep makes its own images", where="images and data")
+    if base.task == "detection":
+        raise SettingsError(
+            "a sweep measures the accuracy of classifiers",
+            where="task detection",
+            hint="leave the labels out: files are then compared with the float network",
+        )
+    base = replace(base, task="classification")
     progress = on_progress or (lambda stage, done, total, terms: None)
-    model = load(
-        base.model,
-        input_shape=base.input.shape(),
-        layout=base.input.known_layout(),
-        inputs=base.input.arrays(),
-    )
+    model, _ = load_network(base)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -328,11 +336,11 @@ def _run(
     """The cell with its result, and the accuracy of the float network if it was measured."""
     try:
         result = quantize_file(job, on_progress=progress)
+        agreement, sqnr = _fidelity(job.model, result.output, yardstick)
     except ZsqError as error:
         return replace(cell, error=str(error)), None
     assert job.images is not None
     _share_images(job.images, result.folder / job.images.name)
-    agreement, sqnr = _fidelity(job.model, result.output, yardstick)
     accuracies = result.report["evaluation"] or [{"top1": None}] * 2
     done = replace(
         cell,

@@ -40,6 +40,8 @@ SURFACE = {  # what users import; a change here is a change of the public interf
     "graph_tools.side_file": {"NormStatistics", "SideFile", "read_side_file"},
     "graph_tools.torch_graph": {"Entry", "Hook", "OLDEST_OPSET", "Step", "TorchGraph"},
     "pipeline": {
+        "CheckpointSettings",
+        "DetectionSettings",
         "GenerateSettings",
         "InputSettings",
         "QuantizeJob",

@@ -166,7 +166,8 @@ class Job:
     @functools.cached_property
     def folded(self) -> tuple[Model, dict[str, Tap]]:
         """The model with BatchNormalization folded, and where its inputs are seen then."""
-        return fold_taps(self.model, self.sites)
+        exact = self.settings.precision != "bfloat16"
+        return fold_taps(self.model, self.sites, largest_ratio=1e3 if exact else 8.0)
 
     def network(
         self,

@@ -152,6 +152,8 @@ def _part_moments(values: Tensor) -> tuple[Tensor, Tensor]:
     running = values.new_zeros((2, values.shape[1]), dtype=torch.float32)
     torch.batch_norm_update_stats(values, running[0], running[1], 1.0)
     count = values.numel() // values.shape[1]
+    if count == 1:  # whose unbiased variance is none
+        return running[0], torch.zeros_like(running[1])
     return running[0], running[1] * ((count - 1) / count)
 
 

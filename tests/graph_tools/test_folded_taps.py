@@ -70,6 +70,23 @@ def test_moments_through_taps_are_those_of_the_inputs(
         np.testing.assert_allclose(variance, wanted.var((0, 2, 3)), rtol=1e-3)
 
 
+def test_of_two_nodes_in_a_row_the_first_is_folded(tmp_path: Path) -> None:
+    weights = {"w": weight(5, 4, 3, 3)} | statistics(5, "one_") | statistics(5, "two_")
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], name="conv1"),
+        batch_norm("a", "b", "one_"),
+        batch_norm("b", "y", "two_"),
+    ]
+    model = build(tmp_path, nodes, weights)
+    folded, taps = fold_taps(model, find_batch_norms(model))
+    assert {name: tap.tensor for name, tap in taps.items()} == {"a": "b"}
+    images = torch.from_numpy(weight(3, 4, 6, 6))
+    after = TorchGraph(folded.proto, outputs=["b", "y"])(images)
+    before = TorchGraph(model.proto, outputs=["b", "y"])(images)
+    for name in ("b", "y"):
+        torch.testing.assert_close(after[name], before[name], rtol=1e-4, atol=1e-4)
+
+
 def test_nodes_that_are_not_watched_are_folded_without_a_tap(tmp_path: Path) -> None:
     model = chain(tmp_path)
     folded, taps = fold_taps(model, find_batch_norms(model)[:1])

@@ -157,3 +157,6 @@ def test_moments_of_bfloat16_values_are_summed_in_float32() -> None:
         torch.testing.assert_close(
             variance, exact.var((0, 2, 3), correction=0), rtol=1e-4, atol=0
         )
+    mean, variance = moments(values[:1, :, :1, :1])  # one value a channel
+    torch.testing.assert_close(mean, values[0, :, 0, 0].double())
+    assert not variance.any()
