@@ -57,7 +57,6 @@ def fold_taps(
         A model with, up to float32 rounding, the same outputs; and by name of each input that it
         has no longer, its tap.
     """
-    watched = {site.node for site in sites}
     outputs = {node.name: node.output[0] for node in model.proto.graph.node}
     every = find_batch_norms(model)
     behind_others = {outputs[site.node] for site in every}
@@ -72,7 +71,7 @@ def fold_taps(
     left = {node.name for node in folded.proto.graph.node}
     taps = {}
     for site in sites:
-        if site.node in watched - left and site.node in outputs:
+        if site.node not in left:
             sigma = np.sqrt(site.variance.astype(np.float64) + site.epsilon)
             taps[site.tensor] = Tap(
                 tensor=outputs[site.node],

@@ -38,6 +38,7 @@ from pipeline.settings import (
     VerifySettings,
 )
 from pipeline.stopping import Interrupted, terminable
+from pipeline.torchrun import started_rank
 from pipeline.usage import overview, usage_error
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ class Generate:
         from pipeline.record import describe_generation, describe_restoration
         from pipeline.run import preprocessing_of, quantizer_of, restored_from
 
-        if _started_rank() == 0:
+        if started_rank() == 0:
             _check_output(self.output, ".npz")
         if self.common.threads:
             torch.set_num_threads(self.common.threads)
@@ -677,11 +678,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         from graph_tools.limits import within_memory
 
-        if _started_rank() and not isinstance(command, Generate | Quantize):
+        if started_rank() and not isinstance(command, Generate | Quantize):
             return 0  # the first process does it
         with terminable(), within_memory(arguments[0]):
             code, facts = command.run()
-        if command.common.json and facts and not _started_rank():
+        if command.common.json and facts and not started_rank():
             sys.stdout.write(json.dumps(_finite(facts), indent=1) + "\n")
         return code
     except ZsqError as error:
@@ -692,7 +693,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as stop:
         how = f": {stop}" if isinstance(stop, Interrupted) else ""
-        if _started_rank():
+        if started_rank():
             return 130
         _stderr.print(f"zsq: interrupted{how}", markup=False, soft_wrap=True)
         return 130
@@ -792,12 +793,6 @@ def _load(path: Path, settings: InputSettings) -> Model:
     )
 
 
-def _started_rank() -> int:
-    """Return the number of this process among those that torchrun started; 0 without it."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return int(os.environ.get("RANK", "0")) if several else 0
-
-
 def _check_output(path: Path, suffix: str) -> None:
     if path.suffix != suffix:
         raise SettingsError(f"the output is not named *{suffix}", where=str(path))
@@ -829,7 +824,7 @@ def _progress(
     common: CommonSettings,
 ) -> Iterator[Callable[[str, int, int, Mapping[str, float]], None]]:
     """Progress bars on stderr, one a stage; silent when quiet or not on a terminal."""
-    if common.quiet or _started_rank() or not _stderr.is_terminal:
+    if common.quiet or started_rank() or not _stderr.is_terminal:
         yield lambda stage, done, total, terms: None
         return
     tasks: dict[str, TaskID] = {}

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from graph_tools.errors import GenerationError, SettingsError
+from pipeline.torchrun import started_count, started_rank
 
-__all__ = ["ALONE", "PeerLostError", "Ranks", "join_ranks", "started_rank"]
+__all__ = ["ALONE", "PeerLostError", "Ranks", "join_ranks"]
 
 _FAILED, _NOTICED = "zsq-failed", "zsq-noticed"
 
@@ -156,15 +157,6 @@ def _left_of(path: Path) -> list[Path]:
     return list(path.parent.glob(f".{glob.escape(path.name)}.process*"))
 
 
-def started_rank() -> int:
-    """Return the number of this process among those that torchrun started; 0 without it."""
-    return int(os.environ.get("RANK", "0")) if _started_count() > 1 else 0
-
-
-def _started_count() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-
-
 @contextlib.contextmanager
 def join_ranks(device: str) -> Iterator[Ranks]:
     """Join the processes that torchrun started, while the block runs; without it, be alone.
@@ -175,7 +167,7 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     Raises:
         SettingsError: there is no torch.distributed, or fewer GPUs than processes.
     """
-    count = _started_count()
+    count = started_count()
     if count == 1:
         yield ALONE
         return

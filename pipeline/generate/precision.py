@@ -24,7 +24,10 @@ Precision = Literal["auto", "float32", "tf32", "bfloat16"]
 
 @contextlib.contextmanager
 def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Compute forward passes in a precision; backward passes take that of their forward pass.
+    """Compute forward passes in a precision.
+
+    The backward pass of a bfloat16 one is in bfloat16; outside of the block a GPU's convolutions
+    follow torch's own setting, TF32 by default.
 
     Args:
         precision: "auto" is float32 on a CPU, tf32 on a GPU.
