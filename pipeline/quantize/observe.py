@@ -22,6 +22,7 @@ __all__ = ["Histogram", "observe"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+_LARGEST = 2.0**127  # the power of two above it is not in float32
 _BINS = 8192  # on each side of zero: 32 bins to a step of 8 bits unsigned
 
 
@@ -58,7 +59,7 @@ def observe(
         batches: starts a new pass over the images, each batch ``[n, ...]`` in the model's layout.
 
     Raises:
-        DataError: a tensor is not finite on these images.
+        DataError: a tensor is not finite on these images, or beyond the powers of two of float32.
     """
     wanted = set(tensors)
     ranges: dict[str, tuple[float, float]] = {}
@@ -71,6 +72,13 @@ def observe(
                     "the network's values are not finite on these images",
                     where=f"tensor {name}",
                     hint="check the input range (--mean, --std)",
+                )
+            if max(-low, high) > _LARGEST:
+                raise DataError(
+                    f"the network's values reach {max(-low, high):.3g} on these images, too much "
+                    "for a power-of-two range in float32",
+                    where=f"tensor {name}",
+                    hint="check the file's weights, and the input range (--mean, --std)",
                 )
             before = ranges.get(name, (low, high))
             ranges[name] = min(low, before[0]), max(high, before[1])

@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 
-from graph_tools.errors import ModelError
+from graph_tools.errors import DataError, ModelError
+from graph_tools.torch_graph import TorchGraph
 from pipeline.proving import verify_file
+from pipeline.quantize.observe import observe
 from pipeline.settings import VerifySettings
 from pipeline.verify import Proof
 from tests.pipeline.qdq_builder import residual_network
@@ -100,3 +103,13 @@ def test_verify_of_parts_that_do_not_fit(tmp_path: Path, damage, message: str) -
     damage(proto)
     with pytest.raises(ModelError, match=message):
         proof_of(proto, tmp_path)
+
+
+def test_values_too_large_for_a_power_of_two(make_model) -> None:
+    """A range of 2**128 is not in float32: counting into it was a RuntimeError."""
+    model = make_model(
+        "g (float[N,3,4,4] x) => (float[N,3,4,4] y) { y = Mul(x, c) }", c=np.float32(3e38)
+    )
+    graph = TorchGraph(model.proto)
+    with pytest.raises(DataError, match="too much for a power-of-two range"):
+        observe(graph, ["y"], lambda: iter([torch.ones(2, 3, 4, 4)]))
