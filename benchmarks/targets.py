@@ -9,6 +9,7 @@ The networks are calibrated with noise (what calibrates them does not matter for
 compared on real images. Cells that are in benchmarks/results/targets.json are not measured again.
 OpenVINO is measured twice on CPUs with AVX-512: as it is, and held to AVX2, where 8-bit kernels
 saturate; and on files that are made for it (`zsq quantize --target openvino --weight-range 7bit`).
+RKNN is measured on files that are made for it, too (`--target rknn`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ from pipeline.settings import (
 from pipeline.verify.agreement import compare_targets
 
 RESULTS = ROOT / "benchmarks" / "results" / "targets.json"
-OWN = "openvino, its file"
+OWN: dict[str, dict[str, Any]] = {"openvino": {"weight_range": "7bit"}, "rknn": {}}
 SCHEMES: dict[str, dict[str, Any]] = {"W8A8": {}, "W4A8": {"weights": 4}}
 NETWORKS = {
     "digits_resnet": CASES["digits_resnet"],
@@ -61,10 +63,10 @@ def network(name: str) -> Path:
     return own if own.exists() else SHARED / "models" / f"{name}.onnx"
 
 
-def quantized(name: str, scheme: str, folder: Path, *, own: bool = False) -> Path:
-    """The quantized file; ``own``: made for OpenVINO, with weights of 7 bits at most."""
-    output = folder / f"{name}.{scheme.lower()}{'.openvino' if own else ''}.onnx"
-    settings = QuantizeSettings(**SCHEMES[scheme], weight_range="7bit" if own else "full")
+def quantized(name: str, scheme: str, folder: Path, own: str = "") -> Path:
+    """The quantized file; ``own``: the target it is made for, `OWN` what goes with it."""
+    output = folder / f"{name}.{scheme.lower()}{own and '.' + own}.onnx"
+    settings = QuantizeSettings(**SCHEMES[scheme], **OWN.get(own, {}))
     if not output.exists():
         (mean, std), _, shape = NETWORKS[name]
         quantize_file(
@@ -74,7 +76,7 @@ def quantized(name: str, scheme: str, folder: Path, *, own: bool = False) -> Pat
                 input=InputSettings(mean=mean, std=std, input_shape=shape),
                 generation=GenerateSettings(method="noise", num_images=64),
                 quantization=settings,
-                target="openvino" if own else "onnxruntime",
+                target=own or "onnxruntime",
                 verification=VerifySettings(max_images=1),
                 threads=1,
             )
@@ -107,10 +109,10 @@ def measure(name: str, scheme: str, args: argparse.Namespace) -> Cell:
         if args.targets in ("all", "openvino"):
             rows = _openvino(path, images, settings) if args.targets == "all" else []
             rows = [row for row in rows if row["target"] != "openvino"]
-            made = quantized(name, scheme, args.files, own=True)
-            for row in _openvino(made, images, settings):
-                rows.append(row | {"target": row["target"].replace("openvino", OWN)})
+            rows += _own(_openvino, "openvino", name, scheme, images, settings, args)
             found["rows"] += rows
+        if args.targets in ("all", "rknn"):
+            found["rows"] += _own(_rknn, "rknn", name, scheme, images, settings, args)
     found["model"] = path.name
     kept = read_cells(args.results).get(f"{name} {scheme}")
     if kept is not None and args.targets != "all":  # of these targets alone
@@ -119,10 +121,34 @@ def measure(name: str, scheme: str, args: argparse.Namespace) -> Cell:
     return found | {"wall_seconds": round(time.perf_counter() - started, 1)}
 
 
-def _openvino(path: Path, images: ImageSet, settings: VerifySettings) -> list[dict[str, Any]]:
+Rows = list[dict[str, Any]]
+
+
+def _own(
+    run: Callable[[Path, ImageSet, VerifySettings], Rows],
+    target: str,
+    name: str,
+    scheme: str,
+    images: ImageSet,
+    settings: VerifySettings,
+    args: argparse.Namespace,
+) -> Rows:
+    """The rows of a target on the file that is made for it."""
+    rows = run(quantized(name, scheme, args.files, target), images, settings)
+    return [
+        row | {"target": row["target"].replace(target, f"{target}, its file")} for row in rows
+    ]
+
+
+def _rknn(path: Path, images: ImageSet, settings: VerifySettings) -> Rows:
+    rows: Rows = compare_targets(path, images, settings, "rknn").to_dict()["rows"]
+    return rows
+
+
+def _openvino(path: Path, images: ImageSet, settings: VerifySettings) -> Rows:
     """OpenVINO as it is, and held to AVX2 on CPUs that can do more."""
     found = compare_targets(path, images, settings, "openvino").to_dict()
-    rows: list[dict[str, Any]] = found["rows"]
+    rows: Rows = found["rows"]
     if "avx512bw" in found["cpu"]["flags"]:
         os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"  # read by oneDNN in OpenVINO
         narrow = compare_targets(path, images, settings, "openvino").to_dict()

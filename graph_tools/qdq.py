@@ -60,7 +60,7 @@ class _Writer:
         self.initializers[f"{name}_scale"] = scale
         midpoint = name in self.plan.midpoint
         dtype = container_type(quantizer, self.container, midpoint=midpoint)
-        zero = 1 << (width(dtype) - 1) if midpoint else 0
+        zero = (1 << (width(dtype) - 1) if midpoint else 0) - quantizer.lift
         self.initializers[f"{name}_zero_point"] = np.full(scale.shape, zero, dtype)
         return f"{name}_scale", f"{name}_zero_point"
 
@@ -102,7 +102,8 @@ class _Writer:
         """Integer initializer ``name`` behind a DequantizeLinear; returns the float name."""
         quantizer = constant.quantizer
         scale, zero = self.parameters(name, quantizer)
-        self.initializers[f"{name}_q"] = constant.integers.astype(
+        stored = constant.integers - quantizer.lift
+        self.initializers[f"{name}_q"] = stored.astype(
             container_type(quantizer, self.container)
         )
         node = helper.make_node(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import onnx
 
 from graph_tools.errors import ModelError
@@ -28,7 +29,7 @@ def check_quantized(proto: onnx.ModelProto, *, where: str) -> None:
     Raises:
         ModelError: a graph input with a dimension that is negative or beyond all memory; a node
             without outputs; a scale or zero point without values, or of different numbers of
-            values; a bound of a Clip that is no single number.
+            values; a scale that is zero or not finite; a bound of a Clip that is no single number.
     """
     _check_nodes(proto, where)
     graph = QuantizedGraph(proto)
@@ -40,7 +41,13 @@ def _check_nodes(proto: onnx.ModelProto, where: str) -> None:
     """Ask onnx's checker about each node: its shape inference crashes on some it refuses."""
     context = onnx.checker.C.CheckerContext()
     context.ir_version = proto.ir_version
-    context.opset_imports = {entry.domain: entry.version for entry in proto.opset_import}
+    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    for domain, version in versions.items():
+        if not 0 < version < 2**31:
+            raise ModelError(
+                f"imports opset {version} of domain {domain or 'ai.onnx'}", where=where
+            )
+    context.opset_imports = versions
     for index, node in enumerate(proto.graph.node):
         if node.domain not in ("", "ai.onnx"):
             continue
@@ -84,6 +91,8 @@ def _quantizer(graph: QuantizedGraph, node: onnx.NodeProto) -> Iterator[str]:
     zero_point = (
         graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
     )
+    if scale is not None and not np.all(np.isfinite(scale) & (scale != 0)):
+        yield "a scale that is zero or not finite"
     for what, values in (("scale", scale), ("zero point", zero_point)):
         if values is not None and not values.size:
             yield f"a {what} without values"

@@ -6,6 +6,12 @@ point 0,
 - signed: ``scale = t / 2**(bits - 1)``, integers ``-2**(bits-1) .. 2**(bits-1) - 1``;
 - unsigned: ``scale = t / 2**bits``, integers ``0 .. 2**bits - 1``.
 
+Some compilers (RKNN) take integers around the middle of their type for symmetric ones,
+``-127 .. 127``, and stretch their scale to match. The zero point of a *lifted* quantizer lies two
+below the middle: nothing is symmetric then, and the scale is kept. Two, since onnxruntime and
+others add the zero point before they round: halves go to the even side only if it is even. The
+range of integers that fill their type moves up with it.
+
 A quantizer stores the *exponent* of its scale, so a scale that is not a power of two cannot be
 written down by accident. Only weights, and biases with them, may have free scales, for comparison:
 those stand in a field of their own.
@@ -24,12 +30,15 @@ from safetensors.numpy import load_file, save_file
 
 from graph_tools.errors import DataError, ZsqError
 
-__all__ = ["FloatNode", "Plan", "QuantizedConstant", "TensorQuantizer"]
+__all__ = ["LIFT", "FloatNode", "Plan", "QuantizedConstant", "TensorQuantizer"]
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
 
 _PLAN_FORMAT = 1
+
+LIFT = 2
+"""Steps between the middle of a type and the zero point of a lifted quantizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +52,8 @@ class TensorQuantizer:
         axis: per-channel axis; None for a per-tensor quantizer.
         scales: free scales, one per channel of ``axis``, in float32; None for powers of two. The
             exponents are then those of the powers of two from these up.
+        lifted: whether the zero point lies `LIFT` below the middle; stored integers are this much
+            smaller than the ones meant everywhere else.
     """
 
     bits: int
@@ -50,6 +61,7 @@ class TensorQuantizer:
     exponent: int | tuple[int, ...]
     axis: int | None = None
     scales: tuple[float, ...] | None = None
+    lifted: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.exponent, tuple) != (self.axis is not None):
@@ -58,6 +70,8 @@ class TensorQuantizer:
             not isinstance(self.exponent, tuple) or len(self.scales) != len(self.exponent)
         ):
             raise ValueError("free scales are per channel, as many as exponents")
+        if self.lifted and not self.signed:
+            raise ValueError("only signed quantizers are lifted")
 
     @property
     def power_of_two(self) -> bool:
@@ -67,12 +81,21 @@ class TensorQuantizer:
     @property
     def qmin(self) -> int:
         """Smallest integer."""
-        return -(1 << (self.bits - 1)) if self.signed else 0
+        return self._moved - (1 << (self.bits - 1)) if self.signed else 0
 
     @property
     def qmax(self) -> int:
         """Largest integer."""
-        return (1 << (self.bits - self.signed)) - 1
+        return self._moved + (1 << (self.bits - self.signed)) - 1
+
+    @property
+    def lift(self) -> int:
+        """What the zero point lies below 0 or the middle of its type."""
+        return LIFT if self.lifted else 0
+
+    @property
+    def _moved(self) -> int:
+        return self.lift if self.bits in (8, 16) else 0
 
     @property
     def scale(self) -> FloatArray:
@@ -112,12 +135,14 @@ class TensorQuantizer:
         """Plain data; `from_dict` reads it back."""
         exponent = list(self.exponent) if isinstance(self.exponent, tuple) else self.exponent
         free = {} if self.scales is None else {"scales": list(self.scales)}
+        lifted = {"lifted": True} if self.lifted else {}
         return {
             "bits": self.bits,
             "signed": self.signed,
             "exponent": exponent,
             "axis": self.axis,
             **free,
+            **lifted,
         }
 
     @classmethod
@@ -130,6 +155,7 @@ class TensorQuantizer:
             exponent=tuple(exponent) if isinstance(exponent, list) else int(exponent),
             axis=data["axis"],
             scales=None if scales is None else tuple(float(scale) for scale in scales),
+            lifted=bool(data.get("lifted", False)),
         )
 
 

@@ -40,6 +40,7 @@ PROBES = (2, 3)
 Dim = int | str | None
 
 _MAX_KEPT = 1024
+_LONGEST_ROW = 1 << 20
 
 # Their outputs have the type of their first input, which onnx does not infer.
 _LIKE_FIRST_INPUT = frozenset({"GroupNormalization", "MeanVarianceNormalization"})
@@ -139,21 +140,35 @@ def infer(proto: onnx.ModelProto) -> dict[str, TensorType]:
         if node.op_type in _LIKE_FIRST_INPUT:
             node.op_type = "Relu"
             del node.attribute[:], node.input[1:]
-    inferred = None
-    with quiet():
-        for strict in (True, False):
-            try:
-                inferred = shape_inference.infer_shapes(
-                    bare, strict_mode=strict, data_prop=True
-                )
-            except Exception:  # any fault of the C++ library: strict mode refuses much
-                continue
-            break
+    propagate = not _has_long_row(_inferred(bare, strict=False, propagate=False) or bare)
+    inferred = _inferred(bare, strict=True, propagate=propagate)
+    if inferred is None:  # strict mode refuses much
+        inferred = _inferred(bare, strict=False, propagate=propagate)
     graph = (inferred or bare).graph
     types = {t.name: TensorType(t.data_type, tuple(t.dims)) for t in graph.initializer}
     for value in (*graph.input, *graph.value_info, *graph.output):
         types[value.name] = _tensor_type(value)
     return types
+
+
+def _inferred(
+    bare: onnx.ModelProto, *, strict: bool, propagate: bool
+) -> onnx.ModelProto | None:
+    """What onnx infers; None after any fault of its C++ library."""
+    with quiet():
+        try:
+            return shape_inference.infer_shapes(bare, strict_mode=strict, data_prop=propagate)
+        except Exception:
+            return None
+
+
+def _has_long_row(proto: onnx.ModelProto) -> bool:
+    """Whether a tensor of one dimension is so long that no shape is computed from it.
+
+    onnx propagates the values of such tensors one by one: 2**30 take it minutes and gigabytes.
+    """
+    found = (value.type.tensor_type.shape.dim for value in proto.graph.value_info)
+    return any(len(dims) == 1 and dims[0].dim_value > _LONGEST_ROW for dims in found)
 
 
 def _tensor_type(value: onnx.ValueInfoProto) -> TensorType:

@@ -243,10 +243,11 @@ class QuantizeSettings:
     learn_exponents: bool = False
     """Learn the scale exponents of the activations: those one up or down with which the outputs of
     the network are nearer to the float network's are taken."""
-    zero_point: Literal["auto", "zero", "middle"] = "auto"
+    zero_point: Literal["auto", "zero", "middle", "below"] = "auto"
     """auto: signed tensors that several operators read are stored as uint8 around 128, the form
     for which onnxruntime has integer kernels; middle: all signed tensors are; zero: int8, zero
-    point 0, everywhere."""
+    point 0, everywhere; below: signed tensors are uint8 around 126 and weights int8 around -2,
+    for compilers that take those of the others for -127 to 127 (RKNN)."""
     signedness: Literal["auto", "signed"] = "auto"
     """auto: tensors that are never negative are unsigned, which doubles their steps; signed: every
     tensor is int8, for targets without uint8."""
@@ -292,6 +293,12 @@ class QuantizeSettings:
                 where="--weight-granularity tensor",
                 hint="leave out --weight-scale free",
             )
+        if self.lifted and self.container == "int4":
+            raise SettingsError(
+                "4-bit types have no room below their smallest integer",
+                where="--zero-point below",
+                hint="leave out --container int4",
+            )
 
     def _check_second_moment_correction(self) -> None:
         where = "--second-moment-correction"
@@ -313,6 +320,11 @@ class QuantizeSettings:
                 where=where,
                 hint="leave out one of it and --weight-scale free",
             )
+
+    @property
+    def lifted(self) -> bool:
+        """Whether signed quantizers are lifted (`graph_tools.quantizer`)."""
+        return self.zero_point == "below"
 
     def target(self) -> TargetSize | None:
         """``target_size`` as numbers, None if it was not given.

@@ -82,7 +82,8 @@ class Rules:
     Attributes:
         operators: those it takes; empty where it is not known, or all.
         signedness: ``signed``: no unsigned integers.
-        zero_point: ``zero``: no other one; ``middle``: signed tensors are uint8 around 128.
+        zero_point: ``zero``: no other one; ``middle``: signed tensors are uint8 around 128;
+            ``below``: around 126, weights around -2.
         weight_granularity: ``channel`` or ``tensor``: scales of a weight.
         bias_storage: ``int32`` or ``float``.
         fused_sums: ``yes``: it does not round between a convolution and the sum behind it.

@@ -56,7 +56,9 @@ def activation_quantizers(
             )
         if 0 < bounds.get(name, np.inf) < np.inf:  # a Clip saturates there anyway
             exponent = min(exponent, ceil_log2(bounds[name]) - (bits - signed))
-        quantizers[name] = TensorQuantizer(bits=bits, signed=signed, exponent=exponent)
+        quantizers[name] = TensorQuantizer(
+            bits=bits, signed=signed, exponent=exponent, lifted=signed and settings.lifted
+        )
     return quantizers
 
 
@@ -96,5 +98,8 @@ def midpoint_tensors(
         tensor
         for tensor, quantizer in tensors.items()
         if quantizer.signed
-        and (settings.zero_point == "middle" or placement.num_readers.get(tensor, 0) > 1)
+        and (
+            settings.zero_point in ("middle", "below")
+            or placement.num_readers.get(tensor, 0) > 1
+        )
     )

@@ -44,7 +44,11 @@ def quantize_constants(
         made = dict(placement.activations.values()).get(made, made)
         bits = widths.activations.get(placement.shares.get(made, made), settings.activations)
         constants[name] = quantize_operand(
-            node, values[name], bits=bits, signed=settings.signedness == "signed"
+            node,
+            values[name],
+            bits=bits,
+            signed=settings.signedness == "signed",
+            lifted=settings.lifted,
         )
     return constants
 
@@ -82,6 +86,7 @@ def quantize_site(
         bias_bits=bias_bits(site, tensors),
         free=settings.weight_scale == "free",
         per_tensor=settings.weight_granularity == "tensor",
+        lifted=settings.lifted,
     )
 
 

@@ -65,6 +65,7 @@ def quantize_weight(
     bias_bits: int = BIAS_BITS,
     free: bool = False,
     per_tensor: bool = False,
+    lifted: bool = False,
 ) -> QuantizedConstant:
     """Per-output-channel integers of a weight.
 
@@ -81,10 +82,18 @@ def quantize_weight(
         bias_bits: width that the bias may take.
         free: scales need not be powers of two.
         per_tensor: all channels share one scale.
+        lifted: see `TensorQuantizer`.
     """
     if free:
-        return _with_free_scales(
-            site, weight, bias, input_exponent, bits=bits, metric=metric, bias_bits=bias_bits
+        scales = np.array(weight_scales(weight, axis=site.axis, bits=bits, metric=metric))
+        least = _least_scales(bias, scales.size, input_exponent, bias_bits)
+        scales = np.maximum(scales, least)
+        quantizer = _free_quantizer(scales, bits=bits, axis=site.axis, lifted=lifted)
+        return QuantizedConstant(
+            integers=quantizer.quantize(weight),
+            quantizer=quantizer,
+            role="weight",
+            node=site.node,
         )
     if per_tensor:
         whole = np.reshape(weight, (1, -1))
@@ -104,6 +113,7 @@ def quantize_weight(
         signed=True,
         exponent=tuple(int(exponent) for exponent in exponents),
         axis=site.axis,
+        lifted=lifted,
     )
     return QuantizedConstant(
         integers=quantizer.quantize(weight), quantizer=quantizer, role="weight", node=site.node
@@ -143,6 +153,7 @@ def scale_candidates(
             ),
             bits=quantizer.bits,
             axis=quantizer.axis,
+            lifted=quantizer.lifted,
         )
         for factor in _FREE_NEIGHBORS
     ]
@@ -177,25 +188,9 @@ def _largest_bias(bias: Array, channels: int) -> Array:
     return magnitude
 
 
-def _with_free_scales(
-    site: Weighted,
-    weight: Array,
-    bias: Array | None,
-    input_exponent: int,
-    *,
-    bits: int,
-    metric: Metric,
-    bias_bits: int,
-) -> QuantizedConstant:
-    scales = np.array(weight_scales(weight, axis=site.axis, bits=bits, metric=metric))
-    scales = np.maximum(scales, _least_scales(bias, scales.size, input_exponent, bias_bits))
-    quantizer = _free_quantizer(scales, bits=bits, axis=site.axis)
-    return QuantizedConstant(
-        integers=quantizer.quantize(weight), quantizer=quantizer, role="weight", node=site.node
-    )
-
-
-def _free_quantizer(scales: Array, *, bits: int, axis: int) -> TensorQuantizer:
+def _free_quantizer(
+    scales: Array, *, bits: int, axis: int, lifted: bool = False
+) -> TensorQuantizer:
     found = tuple(float(scale) for scale in np.asarray(scales, np.float32))
     return TensorQuantizer(
         bits=bits,
@@ -203,6 +198,7 @@ def _free_quantizer(scales: Array, *, bits: int, axis: int) -> TensorQuantizer:
         exponent=tuple(ceil_log2(scale) for scale in found),
         axis=axis,
         scales=found,
+        lifted=lifted,
     )
 
 
@@ -229,17 +225,19 @@ def quantize_bias(
 
 
 def quantize_operand(
-    node: str, values: Array, *, bits: int, signed: bool = False
+    node: str, values: Array, *, bits: int, signed: bool = False, lifted: bool = False
 ) -> QuantizedConstant:
     """Per-tensor integers of a constant operand of Add, Sub, Mul or Div.
 
-    They are signed if a value is negative, or by request.
+    They are signed if a value is negative, or by request; signed ones are lifted.
     """
     signed = signed or bool((values < 0).any())
     flat = np.abs(np.asarray(values, np.float64)).max(initial=0.0)
     top = 2 ** (bits - signed) - 1
     exponent = ceil_log2(max(float(flat) / top, 2.0**-40))
-    quantizer = TensorQuantizer(bits=bits, signed=signed, exponent=exponent)
+    quantizer = TensorQuantizer(
+        bits=bits, signed=signed, exponent=exponent, lifted=signed and lifted
+    )
     return QuantizedConstant(
         integers=quantizer.quantize(values), quantizer=quantizer, role="operand", node=node
     )

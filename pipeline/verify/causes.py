@@ -123,6 +123,40 @@ def _has_hard_sigmoid(graph: QuantizedGraph) -> bool:
     return any(node.op_type in ("HardSigmoid", "HardSwish") for node in graph.nodes)
 
 
+def _has_symmetric_integers(graph: QuantizedGraph) -> bool:
+    for node in (*graph.quantizers, *graph.dequantizers):
+        low, high = graph.limits(node)
+        zero = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+        middle = (low + high + 1) // 2
+        if high - low < 2**31 and np.any((0 if zero is None else zero) == np.int64(middle)):
+            return True
+    return False
+
+
+def _has_swish(graph: QuantizedGraph) -> bool:
+    """Whether a tensor is multiplied with its own Sigmoid."""
+    for node in graph.nodes:
+        if node.op_type != "Sigmoid":
+            continue
+        made = {node.output[0]}
+        for reader in graph.consumers.get(node.output[0], []):  # through its quantizers
+            made |= {
+                name for n in graph.consumers.get(reader.output[0], []) for name in n.output
+            }
+        for product in graph.nodes:
+            if product.op_type == "Mul" and node.input[0] in product.input:
+                if made & set(product.input):
+                    return True
+    return False
+
+
+def _resizes_linearly(graph: QuantizedGraph) -> bool:
+    return any(
+        node.op_type == "Resize" and attribute(node, "mode", b"nearest") != b"nearest"
+        for node in graph.nodes
+    )
+
+
 QUIRKS: dict[str, tuple[Callable[[QuantizedGraph], bool], str]] = {
     "clips-signed": (
         _clips_unsigned,
@@ -147,6 +181,20 @@ QUIRKS: dict[str, tuple[Callable[[QuantizedGraph], bool], str]] = {
         _has_hard_sigmoid,
         "it rounds a product and the sum behind it once, so that HardSigmoid and HardSwish may be "
         "a step apart",
+    ),
+    "stretches-symmetric": (
+        _has_symmetric_integers,
+        "it thinks of integers around the middle of their type as -127 to 127 and takes 128/127 of "
+        "their scale; `zsq quantize --target rknn` writes none",
+    ),
+    "fuses-swish": (
+        _has_swish,
+        "it makes one operator of a Sigmoid and the product behind it and skips the rounding in "
+        "between",
+    ),
+    "resizes": (
+        _resizes_linearly,
+        "it interpolates in steps of its own where a Resize is linear",
     ),
 }
 """Further things that a target computes otherwise, by the name that its profile gives: where the

@@ -112,7 +112,7 @@ def scale_failures(scales: ScaleCheck) -> Iterator[str]:
         (scales.not_power_of_two, "not a power of two, scale"),
         (
             scales.asymmetric_zero_points,
-            "zero point is neither 0 nor the middle of its type, node",
+            "zero point is neither 0 nor the middle of its type nor two below, node",
         ),
         (scales.bias_mismatches, "bias scale is not input times weight, node"),
         (scales.pair_mismatches, "dequantized with another scale than quantized, node"),

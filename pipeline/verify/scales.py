@@ -9,6 +9,7 @@ import numpy as np
 from onnx import NodeProto
 
 from graph_tools.quantized_graph import QuantizedGraph
+from graph_tools.quantizer import LIFT
 
 __all__ = ["ScaleCheck", "bias_fits", "check_scales", "is_power_of_two"]
 
@@ -23,8 +24,8 @@ class ScaleCheck:
         not_power_of_two: names of those that are not powers of two, or are computed.
         free: names of those of weights and biases that are not powers of two either, in a file that
             says so; they are positive and finite.
-        asymmetric_zero_points: nodes whose zero point is neither 0 nor, for an unsigned type, the
-            middle of its range (uint8 around 128 holds the values of int8 around 0).
+        asymmetric_zero_points: nodes whose zero point is neither 0 nor the middle of its type's
+            range nor two below (uint8 around 128 holds the values of int8 around 0).
         bias_mismatches: weighted nodes whose bias scale is not exactly s_x * s_w.
         pair_mismatches: DequantizeLinear nodes that read integers of another scale.
         float_biases: weighted nodes with a bias that is not quantized.
@@ -148,7 +149,7 @@ def bias_fits(graph: QuantizedGraph, node: NodeProto) -> bool:
 def _is_symmetric(zero_point: np.ndarray[Any, Any]) -> bool:
     name = zero_point.dtype.name
     middle = 2 ** (int(name.removeprefix("uint")) - 1) if name.startswith("uint") else 0
-    return bool(np.all(np.isin(zero_point.astype(np.int64), (0, middle))))
+    return bool(np.all(np.isin(zero_point.astype(np.int64), (0, middle, middle - LIFT))))
 
 
 def _quantized_bias(graph: QuantizedGraph, node: NodeProto) -> NodeProto | None:

@@ -69,7 +69,7 @@ def test_random_graphs(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", [*TARGETS, "rknn"])
 def test_files_of_random_networks(name: str, tmp_path: Path) -> None:
     """As `zsq quantize --target` writes them."""
     settings = settings_for(load_profile(name), QuantizeSettings(weight_range="7bit"))

@@ -28,6 +28,8 @@ SETTINGS = [
     QuantizeSettings(weight_range="7bit"),
     QuantizeSettings(zero_point="zero"),
     QuantizeSettings(activations=4),
+    QuantizeSettings(zero_point="below"),
+    QuantizeSettings(zero_point="below", weights=4),
 ]
 
 

@@ -307,7 +307,7 @@ def _drawn(
     tensors = [t for t in _tensors(proto) if t.data_type in types]
     if tensors:
         tensor = rng.choice(tensors)
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, TypeError, onnx.checker.ValidationError):
             return tensor, onnx.numpy_helper.to_array(tensor).copy()
     return None, np.empty(0)
 

@@ -80,6 +80,23 @@ def _bounds_in_a_row(proto: onnx.ModelProto) -> None:
     proto.graph.node.append(onnx.helper.make_node("Clip", [first, "bounds"], ["clipped"]))
 
 
+def _endless_row(proto: onnx.ModelProto) -> None:
+    for name, values in (("sizes", np.array([2**36])), ("one", np.ones(1, np.float32))):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    proto.graph.node.append(onnx.helper.make_node("Expand", ["one", "sizes"], ["row"]))
+    proto.graph.node.append(onnx.helper.make_node("Sub", ["row", "row"], ["difference"]))
+
+
+def _endless_opset(proto: onnx.ModelProto) -> None:
+    proto.opset_import[0].version = 2**40
+
+
+def _zero_scale(proto: onnx.ModelProto) -> None:
+    node = next(node for node in proto.graph.node if node.op_type == "QuantizeLinear")
+    entry = next(t for t in proto.graph.initializer if t.name == node.input[1])
+    entry.CopyFrom(onnx.numpy_helper.from_array(np.zeros((), np.float32), entry.name))
+
+
 def _another_operator(proto: onnx.ModelProto) -> None:
     node = next(node for node in proto.graph.node if node.op_type == "QuantizeLinear")
     node.op_type = "RegexFullMatch"
@@ -95,6 +112,9 @@ def _another_operator(proto: onnx.ModelProto) -> None:
         (_empty_zero_point, "a zero point without values"),
         (_two_zero_points, "a zero point of shape"),
         (_bounds_in_a_row, "a bound that is no single number"),
+        (_endless_opset, "imports opset 1099511627776"),
+        (_zero_scale, "a scale that is zero or not finite"),
+        (_endless_row, "68719476736"),
     ],
 )
 def test_verify_of_parts_that_do_not_fit(tmp_path: Path, damage, message: str) -> None:

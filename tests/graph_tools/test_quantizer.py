@@ -12,11 +12,15 @@ from hypothesis import strategies as st
 from graph_tools.errors import DataError
 from graph_tools.quantizer import FloatNode, Plan, QuantizedConstant, TensorQuantizer
 
-quantizers = st.builds(
-    TensorQuantizer,
-    bits=st.sampled_from([2, 3, 4, 8, 16]),
-    signed=st.booleans(),
-    exponent=st.integers(-20, 10),
+quantizers = st.one_of(
+    st.builds(
+        TensorQuantizer,
+        bits=st.sampled_from([2, 3, 4, 8, 16]),
+        signed=signed,
+        exponent=st.integers(-20, 10),
+        lifted=lifted,
+    )
+    for signed, lifted in ((st.booleans(), st.just(False)), (st.just(True), st.just(True)))
 )
 
 
@@ -55,6 +59,17 @@ def test_threshold_is_hptqs():
 def test_per_channel_scale_broadcasts_along_its_axis():
     quantizer = TensorQuantizer(bits=8, signed=True, exponent=(0, -1), axis=1)
     assert quantizer.quantize(np.ones((3, 2, 4), np.float32))[0].tolist() == [[1] * 4, [2] * 4]
+
+
+@pytest.mark.parametrize(("bits", "low", "high"), [(8, -126, 129), (4, -8, 7)])
+def test_a_lifted_quantizer_keeps_its_scale_and_fits_its_type(bits, low, high):
+    quantizer = TensorQuantizer(bits=bits, signed=True, exponent=-3, lifted=True)
+    assert (quantizer.qmin, quantizer.qmax) == (low, high)
+    assert float(quantizer.scale) == 2.0**-3
+    assert -128 <= quantizer.qmin - quantizer.lift <= quantizer.qmax - quantizer.lift <= 127
+    assert TensorQuantizer.from_dict(quantizer.to_dict()) == quantizer
+    with pytest.raises(ValueError, match="only signed"):
+        TensorQuantizer(bits=bits, signed=False, exponent=0, lifted=True)
 
 
 def test_axis_and_exponents_belong_together():

@@ -9,7 +9,7 @@ import torch
 
 from graph_tools.compare import compare_tensors
 from graph_tools.errors import DataError, ModelError
-from graph_tools.model import save
+from graph_tools.model import initializers, save
 from graph_tools.prepare import prepare_for_quantization
 from graph_tools.qdq import write_qdq
 from graph_tools.quantizer import Plan
@@ -129,6 +129,16 @@ def test_signed_tensors_with_several_readers_are_stored_around_the_middle(
     assert not zero.midpoint
     first = run_onnx(write_qdq(model, auto), images.load())[0]
     assert np.array_equal(first, run_onnx(write_qdq(model, zero), images.load())[0])
+    below = quantize(model, images, QuantizeSettings(zero_point="below")).plan
+    assert below.midpoint == {"x", "c", "d", "y"}
+    written = write_qdq(model, below)
+    values = initializers(written)
+    zeros = {name: values[name] for name in values if name.endswith("_zero_point")}
+    assert {int(zero) for name, zero in zeros.items() if name[0] in "xcdy"} == {126}
+    assert {int(entry) for name in ("w", "v") for entry in zeros[f"{name}_zero_point"]} == {-2}
+    given = torch.from_numpy(images.load())
+    simulated = simulate_plan(TorchGraph(model.proto), below, given)["y"].numpy()
+    assert np.array_equal(run_onnx(written, images.load())[0], simulated)
 
 
 def test_histograms_do_not_depend_on_the_batch_size(small, images):

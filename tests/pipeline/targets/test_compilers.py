@@ -8,13 +8,16 @@ import numpy as np
 import onnx
 import pytest
 
+from graph_tools.opset import to_older_opset
 from graph_tools.quantized_graph import QuantizedGraph
+from pipeline.settings import QuantizeSettings
 from pipeline.target_profiles import Check, load_profile
 from pipeline.verify.agreement import measure_target
 from pipeline.verify.compilers.onnxruntime_engine import OnnxruntimeEngine
 from pipeline.verify.compilers.process import ProcessEngine
 from pipeline.verify.cut import cut_at
 from pipeline.verify.reference import Reference, static_copy
+from tests.differential.test_written_files import written
 from tests.pipeline.qdq_builder import QdqBuilder, residual_network
 from tests.pipeline.targets.installed import installed
 
@@ -305,6 +308,21 @@ def test_openvino_is_exact_where_nothing_is_rounded_in_between(compiler):
     expected = reference(g.model({"features": 4}))
     row = measure_target(compiler("openvino"), expected, load_profile("openvino").verify)
     assert (row.verdict, row.cause) == ("exact", "")
+
+
+@pytest.mark.parametrize("zero_point", ["auto", "below"])
+def test_rknn_is_exact_with_zero_points_below_the_middle(compiler, zero_point, tmp_path):
+    """Convolutions, signed sums and pools of random networks, quantized twice."""
+    settings = QuantizeSettings(zero_point=zero_point)
+    check = load_profile("rknn").verify
+    for seed in (0, 1, 2):
+        proto, _ = written(seed, tmp_path, settings)
+        given = np.random.default_rng(seed).normal(size=(3, 1, 3, 12, 12)).astype(np.float32)
+        found = Reference.measure(static_copy(to_older_opset(proto, 19, where=""), 1), given)
+        row = measure_target(compiler("rknn"), found, check)
+        assert row.refused == ""
+        assert row.verdict == ("exact" if zero_point == "below" else "explained")
+        assert ("--target rknn" in row.cause) is (zero_point == "auto")
 
 
 def test_rknn_gives_signed_tensors_scales_of_its_own(compiler):
