@@ -59,7 +59,8 @@ def observe(
         batches: starts a new pass over the images, each batch ``[n, ...]`` in the model's layout.
 
     Raises:
-        DataError: a tensor is not finite on these images, or beyond the powers of two of float32.
+        DataError: a tensor is empty or not finite on these images, or beyond the powers of two of
+            float32.
     """
     wanted = set(tensors)
     ranges: dict[str, tuple[float, float]] = {}
@@ -99,9 +100,14 @@ def observe(
         for hook in (find_range, count):
             for batch in batches():
                 graph(batch, hook=hook)
-    return {
-        name: _histogram(*ranges[name], counts[name]) for name in tensors if name in ranges
-    }
+    for name in tensors:
+        if name not in ranges:
+            raise DataError(
+                "has no elements on these images",
+                where=f"tensor {name}",
+                hint="check the file's shapes and slices, and --input-shape",
+            )
+    return {name: _histogram(*ranges[name], counts[name]) for name in tensors}
 
 
 def _limit(low: float, high: float) -> float:

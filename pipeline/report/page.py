@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import math
 import re
@@ -44,6 +45,28 @@ def render_page(report: Mapping[str, Any], images: npt.NDArray[np.uint8]) -> str
         report: the report in its JSON form.
         images: [n, height, width, 1 or 3] uint8 pictures to show, n may be 0.
     """
+    pictures = thumbnails(images)
+    generation = report.get("generation") or {}
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            verdict=judge(report),
+            advice=advise(report),
+            engines=engines(report.get("proof") or {}),
+            pictures=pictures,
+            num_images=max(len(images), int(as_float(generation.get("num_images")) or 0)),
+            picture_size=images.shape[1:3],
+            **_facts(report),
+            **charts_of(report),
+        )
+    )
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """The templates, compiled once in a process."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline", "report"),
         autoescape=True,
@@ -67,19 +90,7 @@ def render_page(report: Mapping[str, Any], images: npt.NDArray[np.uint8]) -> str
         csp_hash=_csp_hash,
         name=_name,
     )
-    pictures = thumbnails(images)
-    generation = report.get("generation") or {}
-    return environment.get_template("report.html.j2").render(
-        report=report,
-        verdict=judge(report),
-        advice=advise(report),
-        engines=engines(report.get("proof") or {}),
-        pictures=pictures,
-        num_images=max(len(images), int(as_float(generation.get("num_images")) or 0)),
-        picture_size=images.shape[1:3],
-        **_facts(report),
-        **charts_of(report),
-    )
+    return environment
 
 
 def _csp_hash(script: str) -> str:

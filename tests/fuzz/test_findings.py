@@ -125,6 +125,17 @@ def test_verify_of_parts_that_do_not_fit(tmp_path: Path, damage, message: str) -
         proof_of(proto, tmp_path)
 
 
+def test_tensors_without_elements(make_model) -> None:
+    """There was no histogram of one: a KeyError."""
+    model = make_model(
+        "g (float[N,3,4,4] x) => (float[N,3,M,4] y) { y = Slice(x, end, end, axis) }",
+        end=np.array([4]),
+        axis=np.array([2]),
+    )
+    with pytest.raises(DataError, match="no elements"):
+        observe(TorchGraph(model.proto), ["y"], lambda: iter([torch.ones(2, 3, 4, 4)]))
+
+
 def test_values_too_large_for_a_power_of_two(make_model) -> None:
     """A range of 2**128 is not in float32: counting into it was a RuntimeError."""
     model = make_model(
