@@ -60,6 +60,9 @@ class GenerateSettings:
     """Optimization steps per batch; 0 chooses by method and image size (published: 1000)."""
     batch_size: int = 0
     """Images optimized together; 0 chooses by image size."""
+    chunk_size: int = 0
+    """Images of a batch that go through the network at a time, to save memory: the gradient stays
+    that of the whole batch, for one more forward pass; 0: all of them."""
     seed: int = 0
     """Seed of everything random."""
     device: str = "cpu"
@@ -137,6 +140,7 @@ class GenerateSettings:
         _require(self.num_images >= 0, "num_images", self.num_images, "0 or more")
         _require(self.iterations >= 0, "iterations", self.iterations, "0 or more")
         _require(self.batch_size >= 0, "batch_size", self.batch_size, "0 or more")
+        _require(self.chunk_size >= 0, "chunk_size", self.chunk_size, "0 or more")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "in 0..2^63-1")
         for field in ("std_weight", "output_ratio"):
             value = getattr(self, field)

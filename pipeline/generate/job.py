@@ -195,6 +195,7 @@ class Job:
             self.device,
             settings.engine,
             settings.precision,
+            settings.chunk_size,
         )
 
     def image_prior(

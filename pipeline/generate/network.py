@@ -39,13 +39,16 @@ class Network:
         precision: of convolutions and matrix products, see `pipeline.generate.precision`; engine
             torch only.
 
+        chunk_size: images that go through it at a time, 0 for any number; what a model of a fixed
+            batch takes is its own.
+
     Raises:
         SettingsError: the engine is not installed, or cannot run on the device.
         UnsupportedOperatorError: an operator that the engine lacks.
 
     Attributes:
         device: as given.
-        chunk: the only batch size that the model takes, None if it takes any.
+        chunk: images that go through it at a time, None for any number.
         layout: of the model's input.
     """
 
@@ -57,9 +60,11 @@ class Network:
         device: torch.device,
         engine: Literal["torch", "ort"] = "torch",
         precision: Precision = "auto",
+        chunk_size: int = 0,
     ) -> None:
         self.device, self._precision = device, precision
-        self.chunk = model.fixed_batch
+        self._fixed = model.fixed_batch
+        self.chunk = self._fixed or chunk_size or None
         self.layout = model.input.layout
         outputs = list(dict.fromkeys(tensors))
         if engine == "ort":
@@ -121,7 +126,7 @@ class Network:
             entry: likewise.
         """
         count = len(values)
-        missing = 0 if self.chunk is None else self.chunk - count
+        missing = 0 if self._fixed is None else self._fixed - count
         if missing > 0:
             values = torch.cat([values, values[-1:].expand(missing, -1, -1, -1)])
         given = {"hook": hook, "entry": entry}

@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from graph_tools.batchnorm import find_batch_norms
 from graph_tools.folded_taps import fold_taps
 from graph_tools.model import Model
+from pipeline.generate import generate
 from pipeline.generate.dgh import DghObjective
 from pipeline.generate.loop import OptimizeSettings, optimize
 from pipeline.generate.network import Network
@@ -19,7 +21,9 @@ from pipeline.generate.prior import ImagePrior, blur_kernel
 from pipeline.generate.statistics import SiteTargets, Sums
 from pipeline.generate.step import Step, measure_batch
 from pipeline.generate.store import Batch, open_store
+from pipeline.images import open_images
 from pipeline.preprocessing import Preprocessing
+from pipeline.settings import GenerateSettings
 
 CPU = torch.device("cpu")
 HEADS = ("g",)
@@ -91,6 +95,29 @@ def test_gradient_of_a_step_is_that_of_the_loss_over_all_images(
     whole = measure_batch(images.detach(), reference.network, setup.targets).moments()
     torch.testing.assert_close(mean, whole[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(variance, whole[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dgh", "zeroq"])
+def test_chunks_save_memory_and_change_nothing_but_last_digits(
+    small: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    found, seen, observe = [], set(), Network.observe
+
+    def watched(network: Network, images: torch.Tensor, **changes: Any) -> dict[str, Any]:
+        if torch.is_grad_enabled():
+            seen.add(len(images))
+        return observe(network, images, **changes)
+
+    monkeypatch.setattr(Network, "observe", watched)
+    for chunk_size in (0, 3):  # 8 images: 3, 3 and 2
+        settings = GenerateSettings(
+            method=method, num_images=8, batch_size=8, iterations=2, chunk_size=chunk_size
+        )
+        path = tmp_path / f"{chunk_size}.npz"
+        generate(small, settings, path, preprocessing=Preprocessing(mean=(0.5,), std=(0.5,)))
+        found.append(open_images(path).load())
+    np.testing.assert_allclose(found[0], found[1], atol=2e-3)
+    assert seen == {8, 3, 2}
 
 
 @pytest.mark.parametrize("chunk", [None, 2])
