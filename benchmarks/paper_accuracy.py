@@ -205,6 +205,7 @@ def _refresh_plot(cells: dict[str, Cell], path: Path) -> None:
 
     _, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     ways = sorted({(c["at"]["batch size"], c["at"]["refresh"]) for c in cells.values()})
+    schemes = sorted({c["at"]["scheme"] for c in cells.values()})
     for size, refresh in ways:
         found = [
             c
@@ -213,12 +214,21 @@ def _refresh_plot(cells: dict[str, Cell], path: Path) -> None:
         ]
         label = f"batch {size}, every {refresh}" if refresh else f"batch {size}, never"
         cost = [c["generation_cpu_seconds"] for c in found]
-        axes[0].plot(cost, [c["statistics_error"] for c in found], "o", label=label)
-        axes[1].plot(cost, [c["top1"] for c in found], "o", label=label)
+        (line,) = axes[0].plot(cost, [c["statistics_error"] for c in found], "o", label=label)
+        for scheme, marker in zip(schemes, "o^sv", strict=False):
+            drawn = [c for c in found if c["at"]["scheme"] == scheme]
+            axes[1].plot(
+                [c["generation_cpu_seconds"] for c in drawn],
+                [c["top1"] for c in drawn],
+                marker,
+                color=line.get_color(),
+                label=scheme if (size, refresh) == ways[0] else None,
+            )
     for axis, name in zip(axes, ("missed, in sigmas", "top-1, %"), strict=True):
         axis.set_xlabel("CPU seconds to make the images")
         axis.set_ylabel(name)
-    axes[0].legend(fontsize=7)
+    for axis in axes:
+        axis.legend(fontsize=7)
     save(path)
 
 

@@ -394,9 +394,15 @@ def _explicit_pads(node: gs.Node, kernel: list[int]) -> list[int] | None:
 
 
 def write_attributes_out(graph: gs.Graph) -> int:
-    """Write strides, pads, dilations, groups and kernel shapes out: importers rely on them."""
+    """Write strides, pads, dilations, groups and kernel shapes out: importers rely on them.
+
+    Axes of MeanVarianceNormalization, too: onnx's shape inference fails without them.
+    """
     count = 0
     for node in graph.nodes:
+        if node.op == "MeanVarianceNormalization" and "axes" not in node.attrs:
+            node.attrs["axes"] = [0, 2, 3]
+            count += 1
         if node.op not in ("Conv", "MaxPool", "AveragePool"):
             continue
         if node.op == "Conv":

@@ -10,10 +10,14 @@ import pytest
 import torch
 
 from graph_tools.errors import DataError, ModelError
+from graph_tools.prepare import prepare_for_quantization
+from graph_tools.qdq import write_qdq
 from graph_tools.torch_graph import TorchGraph
+from pipeline.images import ImageWriter, open_images
 from pipeline.proving import verify_file
+from pipeline.quantize import quantize
 from pipeline.quantize.observe import observe
-from pipeline.settings import VerifySettings
+from pipeline.settings import QuantizeSettings, VerifySettings
 from pipeline.verify import Proof
 from tests.pipeline.qdq_builder import residual_network
 
@@ -144,3 +148,20 @@ def test_values_too_large_for_a_power_of_two(make_model) -> None:
     graph = TorchGraph(model.proto)
     with pytest.raises(DataError, match="too much for a power-of-two range"):
         observe(graph, ["y"], lambda: iter([torch.ones(2, 3, 4, 4)]))
+
+
+def test_a_normalization_whose_axes_are_not_given(make_model, tmp_path: Path) -> None:
+    """onnx 1.23 cannot infer the shapes of its body then: an InferenceError as it was written."""
+    model = make_model(
+        "g (float[N,3,4,4] x) => (float[N,4,4,4] y)"
+        " { c = Conv<pads=[1,1,1,1]>(x, w) y = MeanVarianceNormalization(c) }",
+        w=np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32),
+    )
+    with ImageWriter(tmp_path / "images.npz", count=4, shape=(3, 4, 4)) as writer:
+        writer.append(np.random.default_rng(1).normal(size=(4, 3, 4, 4)).astype(np.float32))
+    found = quantize(
+        prepare_for_quantization(model),
+        open_images(tmp_path / "images.npz"),
+        QuantizeSettings(),
+    )
+    onnx.checker.check_model(write_qdq(found.model, found.plan), full_check=True)
