@@ -53,8 +53,15 @@ def refuse_unsupported(model: Model, plan: Plan) -> None:
     """Refuse 4-bit containers where onnxruntime (1.31) cannot run them.
 
     Raises:
-        TargetError: the first operator that it fails at, and what to do.
+        TargetError: the first operator that it fails at, or lifted quantizers, and what to do.
     """
+    constants = (constant.quantizer for constant in plan.constants.values())
+    if any(quantizer.lifted for quantizer in (*plan.tensors.values(), *constants)):
+        raise TargetError(
+            "4-bit types have no room below their smallest integer",
+            where="--zero-point below",
+            hint="--container int8",
+        )
     absorbed = {
         n.input[0]: n.output[0] for n in model.proto.graph.node if n.name in plan.absorbed
     }

@@ -10,7 +10,7 @@ Some compilers (RKNN) take integers around the middle of their type for symmetri
 ``-127 .. 127``, and stretch their scale to match. The zero point of a *lifted* quantizer lies two
 below the middle: nothing is symmetric then, and the scale is kept. Two, since onnxruntime and
 others add the zero point before they round: halves go to the even side only if it is even. The
-range of integers that fill their type moves up with it.
+range of integers of 7 bits and more moves up with it.
 
 A quantizer stores the *exponent* of its scale, so a scale that is not a power of two cannot be
 written down by accident. Only weights, and biases with them, may have free scales, for comparison:
@@ -95,7 +95,7 @@ class TensorQuantizer:
 
     @property
     def _moved(self) -> int:
-        return self.lift if self.bits in (8, 16) else 0
+        return self.lift if self.bits >= 7 else 0  # narrower ones have room in their type
 
     @property
     def scale(self) -> FloatArray:

@@ -62,7 +62,8 @@ class GenerateSettings:
     """Images optimized together; 0 chooses by image size."""
     chunk_size: int = 0
     """Images of a batch that go through the network at a time, to save memory: the gradient stays
-    that of the whole batch, for one more forward pass; 0: all of them."""
+    that of the whole batch, for one more forward pass; 0: all of them. Not for genie and sadag,
+    whose gradient goes on into a generator or a quantized copy."""
     seed: int = 0
     """Seed of everything random."""
     device: str = "cpu"
@@ -254,7 +255,7 @@ class QuantizeSettings:
     for compilers that take those of the others for -127 to 127 (RKNN)."""
     signedness: Literal["auto", "signed"] = "auto"
     """auto: tensors that are never negative are unsigned, which doubles their steps; signed: every
-    tensor is int8, for targets without uint8."""
+    tensor is signed, with --zero-point auto or zero int8, for targets without uint8."""
     weight_granularity: Literal["auto", "channel", "tensor"] = "auto"
     """Scales of a weight: one for each output channel (auto), or one for the whole tensor."""
     bias_storage: Literal["auto", "int32", "float"] = "auto"

@@ -19,6 +19,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from graph_tools.errors import TargetError
 from graph_tools.quantized_graph import QuantizedGraph, attribute
+from graph_tools.quantizer import LIFT
 from graph_tools.shapes import outline
 
 __all__ = ["Dialect", "FakeQuantized", "Rounding", "Stored", "log2_of"]
@@ -156,6 +157,8 @@ class FakeQuantized:
             raise _refused(node, "has no constant scale of one number")
         low, high = self.graph.integer_range(node)
         bits = (high + 1).bit_length() - 1 + (low < 0)
+        if (low - LIFT, high - LIFT) == _range(bits, signed=True):
+            raise _lifted(node)
         if (low, high) not in (_range(bits, signed=True), _range(bits, signed=False)):
             raise _refused(
                 node, f"takes integers from {low} to {high}, no range of a quantizer"
@@ -194,6 +197,8 @@ class FakeQuantized:
         zero = self.graph.constant(node.input[2]) if len(node.input) > 2 else None
         axis = None if scale.ndim == 0 else int(attribute(node, "axis", 1)) % integers.ndim
         values = integers.astype(np.int64)
+        if zero is not None and np.any(zero == -LIFT):
+            raise _lifted(node)
         if zero is not None and np.any(zero):
             shape = [1] * values.ndim
             if axis is not None:
@@ -343,6 +348,14 @@ def log2_of(scale: Array | float, where: str) -> Array:
 
 def _range(bits: int, *, signed: bool) -> tuple[int, int]:
     return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
+
+
+def _lifted(node: NodeProto) -> TargetError:
+    return TargetError(
+        "has its zero point below the middle",
+        where=f"{node.op_type} {node.name or node.output[0]}",
+        hint="that is for RKNN: quantize without --target rknn and --zero-point below",
+    )
 
 
 def _refused(node: NodeProto, what: str) -> TargetError:

@@ -191,7 +191,7 @@ class LatentRun:
         self._pixels = known
         low, high = standard_range(job.preprocessing, channels)
         self._low, self._high = low.to(job.device), high.to(job.device)
-        self.network = job.network(heads)
+        self.network = job.network(heads, chunked=False)
         objective = DghObjective(
             targets=self.targets, std_weight=1.0, site_balance=settings.site_balance
         )

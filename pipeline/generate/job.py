@@ -175,6 +175,7 @@ class Job:
         watched: Sequence[BatchNormSite] | None = None,
         *,
         folded: bool = False,
+        chunked: bool = True,
     ) -> Network:
         """Return the network, observing ``heads`` and ``watched``, by default all ``sites``.
 
@@ -182,6 +183,7 @@ class Job:
             heads: tensors by name.
             watched: BatchNormalization nodes whose inputs are observed.
             folded: whether through the taps of `folded`, where there is one.
+            chunked: whether ``chunk_size`` images go through it at a time.
         """
         sites = self.sites if watched is None else watched
         model, taps = self.folded if folded else (self.model, {})
@@ -195,7 +197,7 @@ class Job:
             self.device,
             settings.engine,
             settings.precision,
-            settings.chunk_size,
+            settings.chunk_size if chunked else 0,
         )
 
     def image_prior(

@@ -273,7 +273,9 @@ def _pixels(job: Job, writer: ImageWriter, on_step: OnStep | None) -> Made:
         images = open_images(path, shape=job.model.input.shape)
         objective, how = dgh_parts(job)
         network = job.network(
-            list(dict.fromkeys([*objective.heads, head])), folded=bool(objective.targets.taps)
+            list(dict.fromkeys([*objective.heads, head])),
+            folded=bool(objective.targets.taps),
+            chunked=False,
         )
         refined = SadagObjective(
             **vars(objective), agreement=_agreement(job, network, head, images)

@@ -53,6 +53,7 @@ def activation_quantizers(
                 bits=bits,
                 signed=signed,
                 metric=settings.threshold,
+                lifted=signed and settings.lifted,
             )
         if 0 < bounds.get(name, np.inf) < np.inf:  # a Clip saturates there anyway
             exponent = min(exponent, ceil_log2(bounds[name]) - (bits - signed))

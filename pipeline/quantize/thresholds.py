@@ -46,19 +46,21 @@ def ceil_log2(value: float) -> int:
     return exponent - 1 if mantissa == 0.5 else exponent
 
 
-def _integer_range(bits: int, signed: bool) -> tuple[int, int]:
-    quantizer = TensorQuantizer(bits=bits, signed=signed, exponent=0)
+def _integer_range(bits: int, signed: bool, lifted: bool) -> tuple[int, int]:
+    quantizer = TensorQuantizer(bits=bits, signed=signed, exponent=0, lifted=lifted)
     return quantizer.qmin, quantizer.qmax
 
 
-def _quantized(values: Array, scale: float | Array, bits: int, signed: bool) -> Array:
+def _quantized(
+    values: Array, scale: float | Array, bits: int, signed: bool, lifted: bool
+) -> Array:
     """Values after quantization; ``scale`` broadcasts."""
-    return np.clip(np.rint(values / scale), *_integer_range(bits, signed)) * scale
+    return np.clip(np.rint(values / scale), *_integer_range(bits, signed, lifted)) * scale
 
 
-def _largest_exponent(low: float, high: float, bits: int, signed: bool) -> int:
+def _largest_exponent(low: float, high: float, bits: int, signed: bool, lifted: bool) -> int:
     """Exponent of the smallest scale that clips nothing."""
-    bottom, top = _integer_range(bits, signed)
+    bottom, top = _integer_range(bits, signed, lifted)
     magnitude = max(high / top, low / bottom if signed else 0.0)
     return ceil_log2(max(magnitude, FLOOR / 2 ** (bits - signed)))
 
@@ -86,7 +88,13 @@ def without_outliers(centers: Array, counts: Array, z: float) -> Array:
 
 
 def activation_exponent(
-    centers: Array, counts: Array, *, bits: int, signed: bool, metric: Metric = "mse"
+    centers: Array,
+    counts: Array,
+    *,
+    bits: int,
+    signed: bool,
+    metric: Metric = "mse",
+    lifted: bool = False,
 ) -> int:
     """Scale exponent of one tensor from its histogram.
 
@@ -96,12 +104,13 @@ def activation_exponent(
         bits: width of the integers.
         signed: whether the quantizer has negative integers.
         metric: error to minimize; ``no-clipping`` takes the smallest scale that clips nothing.
+        lifted: see `TensorQuantizer`.
     """
     used = np.flatnonzero(counts)
     if used.size == 0:
         return ceil_log2(FLOOR) - (bits - signed)
     low, high = float(centers[used[0]]), float(centers[used[-1]])
-    start = _largest_exponent(low, high, bits, signed)
+    start = _largest_exponent(low, high, bits, signed, lifted)
     if metric == "no-clipping":
         return start
     centers, weights = centers[used].astype(np.float64), counts[used].astype(np.float64)
@@ -111,9 +120,9 @@ def activation_exponent(
     )  # merged levels cost smooth densities no KL
     for exponent in range(widest, widest - _ACTIVATION_CANDIDATES, -1):
         if metric == "kl":
-            error = _kl_divergence(weights, centers, exponent, bits, signed)
+            error = _kl_divergence(weights, centers, exponent, bits, signed, lifted)
         else:
-            quantized = _quantized(centers, 2.0**exponent, bits, signed)
+            quantized = _quantized(centers, 2.0**exponent, bits, signed, lifted)
             power = 2 if metric == "mse" else 1
             error = float(np.dot(weights, np.abs(quantized - centers) ** power))
         if error < best_error:
@@ -125,19 +134,19 @@ def squared_error(
     centers: Array, counts: Array, *, exponent: int, bits: int, signed: bool
 ) -> float:
     """Sum of the squared errors that a quantizer makes on a histogram."""
-    quantized = _quantized(centers, 2.0**exponent, bits, signed)
+    quantized = _quantized(centers, 2.0**exponent, bits, signed, lifted=False)
     return float(np.dot(counts, (quantized - centers) ** 2))
 
 
 def _kl_divergence(
-    counts: Array, centers: Array, exponent: int, bits: int, signed: bool
+    counts: Array, centers: Array, exponent: int, bits: int, signed: bool, lifted: bool
 ) -> float:
     """KL(P || Q) of one candidate, as entropy calibration defines it.
 
     P: the bins inside the range, saturated values added to the outermost; Q: the same bins
     without those, each level's mass spread evenly over the non-empty bins that fall on it.
     """
-    low, high = _integer_range(bits, signed)
+    low, high = _integer_range(bits, signed, lifted)
     levels = np.rint(centers / 2.0**exponent)
     inside = (levels >= low) & (levels <= high)
     if inside.sum() < high - low + 1:  # fewer bins than levels say nothing
@@ -152,7 +161,7 @@ def _kl_divergence(
 
 
 def weight_exponents(
-    weight: Array, *, axis: int, bits: int, metric: Metric = "mse"
+    weight: Array, *, axis: int, bits: int, metric: Metric = "mse", lifted: bool = False
 ) -> tuple[int, ...]:
     """Scale exponent of each output channel of a weight.
 
@@ -162,16 +171,17 @@ def weight_exponents(
         bits: width of the (signed) integers.
         metric: ``mse``, ``mae`` or ``no-clipping``; ``kl`` is for histograms, and weights take
             ``mse`` instead.
+        lifted: see `TensorQuantizer`.
     """
     return tuple(
         exponent
         for rows in _row_chunks(weight, axis)
-        for exponent in _row_exponents(rows, bits, metric)
+        for exponent in _row_exponents(rows, bits, metric, lifted)
     )
 
 
 def weight_scales(
-    weight: Array, *, axis: int, bits: int, metric: Metric = "mse"
+    weight: Array, *, axis: int, bits: int, metric: Metric = "mse", lifted: bool = False
 ) -> tuple[float, ...]:
     """Free scale of each output channel of a weight, in float32: any number, not powers of two.
 
@@ -183,11 +193,12 @@ def weight_scales(
         axis: its output-channel axis.
         bits: width of the (signed) integers.
         metric: as in `weight_exponents`.
+        lifted: likewise.
     """
     return tuple(
         float(np.float32(scale))
         for rows in _row_chunks(weight, axis)
-        for scale in _row_scales(rows, bits, metric)
+        for scale in _row_scales(rows, bits, metric, lifted)
     )
 
 
@@ -199,9 +210,9 @@ def _row_chunks(weight: Array, axis: int) -> Iterator[Array]:
         yield np.asarray(rows[first : first + step], np.float64)
 
 
-def _row_scales(rows: Array, bits: int, metric: Metric) -> Array:
+def _row_scales(rows: Array, bits: int, metric: Metric, lifted: bool) -> Array:
     """Free scale of each row of a matrix."""
-    bottom, top = _integer_range(bits, True)
+    bottom, top = _integer_range(bits, True, lifted)
     least = FLOOR / 2 ** (bits - 1)
     high, low = rows.max(axis=1, initial=0.0), rows.min(axis=1, initial=0.0)
     start: Array = np.maximum(np.maximum(high / top, low / bottom), least)
@@ -212,7 +223,7 @@ def _row_scales(rows: Array, bits: int, metric: Metric) -> Array:
 
     def consider(scales: Array) -> None:
         nonlocal best, best_error
-        quantized = _quantized(rows, scales[:, None], bits, True)
+        quantized = _quantized(rows, scales[:, None], bits, True, lifted)
         error = (np.abs(quantized - rows) ** power).sum(axis=1)
         better = error < best_error
         best, best_error = np.where(better, scales, best), np.minimum(error, best_error)
@@ -227,10 +238,11 @@ def _row_scales(rows: Array, bits: int, metric: Metric) -> Array:
     return best
 
 
-def _row_exponents(rows: Array, bits: int, metric: Metric) -> tuple[int, ...]:
+def _row_exponents(rows: Array, bits: int, metric: Metric, lifted: bool) -> tuple[int, ...]:
     """Scale exponent of each row of a matrix."""
     start = np.array(
-        [_largest_exponent(float(r.min()), float(r.max()), bits, True) for r in rows], np.int64
+        [_largest_exponent(float(r.min()), float(r.max()), bits, True, lifted) for r in rows],
+        np.int64,
     )
     if metric == "no-clipping":
         return tuple(int(exponent) for exponent in start)
@@ -240,7 +252,7 @@ def _row_exponents(rows: Array, bits: int, metric: Metric) -> tuple[int, ...]:
     for step in range(-1, _WEIGHT_CANDIDATES - 1):
         exponents = np.maximum(start - step, floor)
         scale = np.exp2(exponents.astype(np.float64))[:, None]
-        quantized = _quantized(rows, scale, bits, True)
+        quantized = _quantized(rows, scale, bits, True, lifted)
         error = (np.abs(quantized - rows) ** power).sum(axis=1)
         better = error < best_error
         best, best_error = np.where(better, exponents, best), np.minimum(error, best_error)

@@ -85,7 +85,9 @@ def quantize_weight(
         lifted: see `TensorQuantizer`.
     """
     if free:
-        scales = np.array(weight_scales(weight, axis=site.axis, bits=bits, metric=metric))
+        scales = np.array(
+            weight_scales(weight, axis=site.axis, bits=bits, metric=metric, lifted=lifted)
+        )
         least = _least_scales(bias, scales.size, input_exponent, bias_bits)
         scales = np.maximum(scales, least)
         quantizer = _free_quantizer(scales, bits=bits, axis=site.axis, lifted=lifted)
@@ -97,11 +99,11 @@ def quantize_weight(
         )
     if per_tensor:
         whole = np.reshape(weight, (1, -1))
-        shared = weight_exponents(whole, axis=0, bits=bits, metric=metric)
+        shared = weight_exponents(whole, axis=0, bits=bits, metric=metric, lifted=lifted)
         exponents = np.repeat(np.array(shared), weight.shape[site.axis])
     else:
         exponents = np.array(
-            weight_exponents(weight, axis=site.axis, bits=bits, metric=metric)
+            weight_exponents(weight, axis=site.axis, bits=bits, metric=metric, lifted=lifted)
         )
     exponents = np.maximum(
         exponents, _least_exponents(bias, exponents.size, input_exponent, bias_bits)
@@ -233,11 +235,9 @@ def quantize_operand(
     """
     signed = signed or bool((values < 0).any())
     flat = np.abs(np.asarray(values, np.float64)).max(initial=0.0)
-    top = 2 ** (bits - signed) - 1
-    exponent = ceil_log2(max(float(flat) / top, 2.0**-40))
-    quantizer = TensorQuantizer(
-        bits=bits, signed=signed, exponent=exponent, lifted=signed and lifted
-    )
+    unit = TensorQuantizer(bits=bits, signed=signed, exponent=0, lifted=signed and lifted)
+    top = min(-unit.qmin, unit.qmax) if signed else unit.qmax
+    quantizer = replace(unit, exponent=ceil_log2(max(float(flat) / top, 2.0**-40)))
     return QuantizedConstant(
         integers=quantizer.quantize(values), quantizer=quantizer, role="operand", node=node
     )

@@ -70,7 +70,7 @@ def measure_accumulators(graph: QuantizedGraph) -> Iterator[Accumulator]:
             stored = stored.astype(np.int64)
         scale = graph.scale(graph.producers[node.input[1]])
         free = scale is None or not is_power_of_two(scale)
-        weights = _by_output_channel(node, stored)
+        weights = _by_output_channel(node, stored - _zero_points(graph, node, stored.ndim))
         low, high = graph.integer_range(data)
         span = high - low
         bias = _bias(graph, node, len(weights))
@@ -91,7 +91,7 @@ def measure_accumulators(graph: QuantizedGraph) -> Iterator[Accumulator]:
             simulation_exact=largest <= 2**24 and not free,
             free_scales=free,
             overflows_int32=bits > 32,
-            may_saturate=_may_saturate(weights, span),
+            may_saturate=_may_saturate(_by_output_channel(node, stored), span),
             input_bits=int(graph.integer_type(data).name.lstrip("uint")),
         )
 
@@ -114,6 +114,18 @@ def refuse_overflow(graph: QuantizedGraph) -> None:
             where=f"{worst.op_type} {worst.node}",
             hint=f"fewer bits there make it fit: --bits '{worst.node}=W4'",
         )
+
+
+def _zero_points(graph: QuantizedGraph, node: NodeProto, rank: int) -> np.ndarray[Any, Any]:
+    """Zero points of a node's weights, shaped to broadcast; int64."""
+    source = graph.producers[node.input[1]]
+    zero = graph.constant(source.input[2]) if len(source.input) > 2 else None
+    if zero is None:
+        return np.zeros((), np.int64)
+    shape = [1] * rank
+    if zero.size > 1:
+        shape[int(attribute(source, "axis", 1)) % rank] = -1
+    return zero.astype(np.int64).reshape(shape)
 
 
 def _by_output_channel(node: NodeProto, weight: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

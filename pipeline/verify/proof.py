@@ -209,7 +209,7 @@ class Proof:
             f"scales: {scales.num_scales - len(scales.not_power_of_two) - len(scales.free)} of "
             f"{scales.num_scales} Q/DQ scales are powers of two, "
             f"{_free_words(scales)}"
-            f"{len(scales.asymmetric_zero_points)} zero points are not symmetric, "
+            f"{len(scales.asymmetric_zero_points)} zero points are out of place, "
             f"{scales.num_biases - len(scales.bias_mismatches)} of {scales.num_biases} bias "
             "scales are input times weight"
         )

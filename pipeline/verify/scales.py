@@ -149,7 +149,9 @@ def bias_fits(graph: QuantizedGraph, node: NodeProto) -> bool:
 def _is_symmetric(zero_point: np.ndarray[Any, Any]) -> bool:
     name = zero_point.dtype.name
     middle = 2 ** (int(name.removeprefix("uint")) - 1) if name.startswith("uint") else 0
-    return bool(np.all(np.isin(zero_point.astype(np.int64), (0, middle, middle - LIFT))))
+    found = zero_point.astype(np.int64)
+    lifted = name in ("int8", "uint8", "int16", "uint16") and np.all(found == middle - LIFT)
+    return bool(lifted or np.all(np.isin(found, (0, middle))))
 
 
 def _quantized_bias(graph: QuantizedGraph, node: NodeProto) -> NodeProto | None:

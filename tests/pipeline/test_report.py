@@ -590,7 +590,7 @@ def test_proof_says_what_was_measured(tmp_path: Path) -> None:
         "none stays in float",
         "1.9 %, by up to 2 steps; first choice changes in 3 of 500",
         "This CPU saturates by default",
-        "140 of 140 scales are powers of two; every zero point is symmetric",
+        "140 of 140 scales are powers of two; every zero point is 0, the middle of its type",
         "needs more than 22 bits",
     ):
         assert words in proof

@@ -8,18 +8,21 @@ import pytest
 import torch
 
 from graph_tools.compare import compare_tensors
-from graph_tools.errors import DataError, ModelError
+from graph_tools.errors import DataError, ModelError, TargetError
 from graph_tools.model import initializers, save
 from graph_tools.prepare import prepare_for_quantization
 from graph_tools.qdq import write_qdq
+from graph_tools.quantized_graph import QuantizedGraph
 from graph_tools.quantizer import Plan
 from graph_tools.torch_graph import TorchGraph
+from pipeline.export.fake_quantized import FakeQuantized
 from pipeline.images import ImageWriter, open_images
 from pipeline.quantize import quantize
 from pipeline.quantize.observe import observe
 from pipeline.quantize.simulate import simulate_plan
 from pipeline.settings import QuantizeSettings, VerifySettings
 from pipeline.verify import verify
+from pipeline.verify.accumulators import measure_accumulators
 
 RNG = np.random.default_rng(0)
 SMALL = (
@@ -129,7 +132,8 @@ def test_signed_tensors_with_several_readers_are_stored_around_the_middle(
     assert not zero.midpoint
     first = run_onnx(write_qdq(model, auto), images.load())[0]
     assert np.array_equal(first, run_onnx(write_qdq(model, zero), images.load())[0])
-    below = quantize(model, images, QuantizeSettings(zero_point="below")).plan
+    plain = QuantizeSettings(zero_point="below", bias_correction="none")
+    below = quantize(model, images, plain).plan
     assert below.midpoint == {"x", "c", "d", "y"}
     written = write_qdq(model, below)
     values = initializers(written)
@@ -139,6 +143,20 @@ def test_signed_tensors_with_several_readers_are_stored_around_the_middle(
     given = torch.from_numpy(images.load())
     simulated = simulate_plan(TorchGraph(model.proto), below, given)["y"].numpy()
     assert np.array_equal(run_onnx(written, images.load())[0], simulated)
+    for entry, name in zip(measure_accumulators(QuantizedGraph(written)), "wv", strict=True):
+        rows = below.constants[name].integers.reshape(3, -1).astype(np.int64)
+        rising, falling = np.maximum(rows, 0).sum(1), np.minimum(rows, 0).sum(1)
+        assert entry.largest == max(
+            (129 * rising - 126 * falling).max(), (126 * rising - 129 * falling).max()
+        )
+    narrow = QuantizeSettings(zero_point="below", weight_range="7bit")
+    stored = initializers(write_qdq(model, quantize(model, images, narrow).plan))
+    assert min(stored["w_q"].min(), stored["v_q"].min()) >= -64
+    assert max(stored["w_q"].max(), stored["v_q"].max()) <= 63
+    with pytest.raises(TargetError, match="no room"):
+        write_qdq(model, below, container="int4")
+    with pytest.raises(TargetError, match="below the middle"):
+        FakeQuantized(written)
 
 
 def test_histograms_do_not_depend_on_the_batch_size(small, images):

@@ -15,6 +15,18 @@ from pipeline.quantize.thresholds import (
 )
 
 
+@pytest.mark.parametrize("metric", ["mse", "no-clipping"])
+def test_a_lifted_range_is_searched_as_it_is(metric):
+    """-127 steps are out of its reach, 129 are not."""
+    for value, more in ((-127.0, 1), (129.0, 0)):
+        counts, centers = np.ones(2), np.array(sorted((value, 1.0)))
+        kwargs = {"bits": 8, "signed": True, "metric": "no-clipping", "lifted": True}
+        assert activation_exponent(centers, counts, **kwargs) == more
+    weight = np.array([[-127.0, 127.0, 3.0]], np.float32)
+    found = weight_exponents(weight, axis=0, bits=8, metric=metric, lifted=True)
+    assert found == ((1,) if metric == "no-clipping" else (0,))
+
+
 def brute_force(values, bits, signed, power=2):
     """The exponent with the least error of all, the larger on ties."""
     best, best_error = None, np.inf
