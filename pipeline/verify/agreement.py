@@ -15,7 +15,13 @@ from graph_tools.quantized_graph import QuantizedGraph
 from pipeline.images import ImageSet
 from pipeline.settings import VerifySettings
 from pipeline.target_profiles import Check, TargetProfile
-from pipeline.verify.causes import INPUT_ROUNDING, is_input_rounding, known_causes
+from pipeline.verify.causes import (
+    FLOAT_OPERATOR,
+    INPUT_ROUNDING,
+    float_operator,
+    is_input_rounding,
+    known_causes,
+)
 from pipeline.verify.compilers.engine import Engine, Ran, Refusal
 from pipeline.verify.engines import engines_of, parse_targets
 from pipeline.verify.kernels import name_nodes
@@ -137,6 +143,11 @@ def measure_target(
                 "cause": "; ".join(filter(None, (row["cause"], INPUT_ROUNDING))),
                 "allowed_steps": None,
             }
+        elif operator := float_operator(first, reference.graph, reference.float_nodes):
+            cause = FLOAT_OPERATOR.format(operator)
+            row["cause"] = "; ".join(filter(None, (row["cause"], cause)))
+            if row["allowed_steps"] is not None:
+                row["allowed_steps"] = max(1, row["allowed_steps"])
     return TargetRow(
         **row, elements=elements, differing=differing, largest_steps=largest, first=first
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -13,8 +13,10 @@ from pipeline.verify.accumulators import measure_accumulators
 from pipeline.verify.cpu import read_cpu
 
 __all__ = [
+    "FLOAT_OPERATOR",
     "INPUT_ROUNDING",
     "QUIRKS",
+    "float_operator",
     "has_rounded_branch",
     "is_input_rounding",
     "known_causes",
@@ -23,6 +25,10 @@ __all__ = [
 INPUT_ROUNDING = (
     "it divides pixels by the step in other float arithmetic: those next to the middle of two "
     "steps round the other way"
+)
+
+FLOAT_OPERATOR = (
+    "{} has no exact integer form: the last digits of its floats depend on who computes them"
 )
 
 _SATURATION = "saturation: x64 without VNNI adds pairs of products in 16 bits"
@@ -51,6 +57,21 @@ def is_input_rounding(first: FirstDifference | None, graph: QuantizedGraph) -> b
     inputs = {entry.name for entry in graph.inputs}
     made = {node.output[0] for node in graph.quantizers if node.input[0] in inputs}
     return first is not None and first.tensor in made and first.largest_steps <= 1
+
+
+def float_operator(
+    first: FirstDifference | None, graph: QuantizedGraph, float_nodes: Collection[str]
+) -> str:
+    """The operator where a difference begins, by a step, if the interpreter computes it in float.
+
+    Nodes that only move its values may lie in between; "" if there is no such operator.
+    """
+    node = None
+    if first is not None and first.largest_steps <= 1:
+        node = next((node for node in graph.nodes if node.name == first.node), None)
+    while node is not None and graph.moves_data(node):
+        node = graph.producers.get(node.input[0])
+    return "" if node is None or node.name not in float_nodes else node.op_type
 
 
 def has_rounded_branch(graph: QuantizedGraph) -> bool:

@@ -23,7 +23,7 @@ from pipeline.verify.compilers.onnxruntime_engine import OnnxruntimeEngine
 from pipeline.verify.cpu import Cpu
 from pipeline.verify.engines import parse_targets
 from pipeline.verify.reference import Reference, static_copy
-from tests.pipeline.qdq_builder import residual_network
+from tests.pipeline.qdq_builder import QdqBuilder, residual_network
 
 
 @dataclass
@@ -102,6 +102,38 @@ def test_what_a_profile_allows_is_no_failure():
     assert f"ties ({far:g} steps allowed)" in within.note()
     assert measure_target(Fake("fc_b_q"), reference, Check(steps=int(far) - 1)).failed
     assert not measure_target(Fake("fc_b_q"), reference, Check(steps=-1)).failed
+
+
+@pytest.mark.parametrize(
+    ("gain", "moved", "verdict"),
+    [(1.002, False, "explained"), (1.002, True, "explained"), (1.2, False, "differs")],
+)
+def test_a_step_at_a_softmax_is_named(gain, moved, verdict):
+    """The interpreter computes it in float, too: last digits are no one's fault."""
+    g = QdqBuilder((3, 16, 16))
+    soft = g.node("Softmax", [g.image], "soft", axis=1)
+    soft = g.node("Transpose", [soft], "turned", perm=[0, 1, 3, 2]) if moved else soft
+    g.quantize(soft, -8, np.uint8, output="out")
+    reference = Reference.measure(static_copy(g.model({"out": 4}), 1), images())
+
+    class Other(Fake):
+        def run(self, proto, images):
+            copy = onnx.ModelProto()
+            copy.CopyFrom(proto)
+            for at, node in enumerate(copy.graph.node):
+                if node.op_type == "Softmax":
+                    factor = numpy_helper.from_array(np.float32(gain), "gain")
+                    copy.graph.initializer.append(factor)
+                    mul = onnx.helper.make_node("Mul", [node.input[0], "gain"], ["warmer"])
+                    node.input[0] = "warmer"
+                    copy.graph.node.insert(at, mul)
+                    break
+            return super().run(copy, images)
+
+    row = measure_target(Other(), reference, Check())
+    assert row.differing
+    assert row.verdict == verdict
+    assert ("Softmax has no exact integer form" in row.note()) is (verdict == "explained")
 
 
 @pytest.mark.parametrize(("shift", "verdict"), [(0.3, "explained"), (3.3, "differs")])
