@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from graph_tools.errors import ModelError
+
 __all__ = ["ranges", "stretch"]
 
 
@@ -39,8 +41,16 @@ def ranges(values: Tensor) -> Tensor:
 
     Args:
         values: [N, ...].
+
+    Raises:
+        ModelError: there are none.
     """
     flat = values.flatten(1)
+    if not flat.shape[1]:
+        raise ModelError(
+            f"an output has no elements: its shape is {tuple(values.shape)}",
+            hint="check the file's shapes and slices, and --input-shape",
+        )
     count = max(1, flat.shape[1] // 1000)
     if count == 1:
         return flat.amax(1) - flat.amin(1)

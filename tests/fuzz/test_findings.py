@@ -13,6 +13,7 @@ from graph_tools.errors import DataError, ModelError
 from graph_tools.prepare import prepare_for_quantization
 from graph_tools.qdq import write_qdq
 from graph_tools.torch_graph import TorchGraph
+from pipeline.generate.stretch import ranges
 from pipeline.images import ImageWriter, open_images
 from pipeline.proving import verify_file
 from pipeline.quantize import quantize
@@ -138,6 +139,12 @@ def test_tensors_without_elements(make_model) -> None:
     )
     with pytest.raises(DataError, match="no elements"):
         observe(TorchGraph(model.proto), ["y"], lambda: iter([torch.ones(2, 3, 4, 4)]))
+
+
+def test_outputs_without_elements() -> None:
+    """Their range was an IndexError, once images were made."""
+    with pytest.raises(ModelError, match="output has no elements"):
+        ranges(torch.empty(4, 0, 3))
 
 
 def test_values_too_large_for_a_power_of_two(make_model) -> None:
