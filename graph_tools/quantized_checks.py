@@ -40,6 +40,8 @@ def check_quantized(proto: onnx.ModelProto, *, where: str) -> None:
 def _check_nodes(proto: onnx.ModelProto, where: str) -> None:
     """Ask onnx's checker about each node: its shape inference crashes on some it refuses."""
     context = onnx.checker.C.CheckerContext()
+    if not 0 <= proto.ir_version < 2**31:
+        raise ModelError(f"has IR version {proto.ir_version}", where=where)
     context.ir_version = proto.ir_version
     versions = {entry.domain: entry.version for entry in proto.opset_import}
     for domain, version in versions.items():
