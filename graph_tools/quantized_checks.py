@@ -29,7 +29,8 @@ def check_quantized(proto: onnx.ModelProto, *, where: str) -> None:
     Raises:
         ModelError: a graph input with a dimension that is negative or beyond all memory; a node
             without outputs; a scale or zero point without values, or of different numbers of
-            values; a scale that is zero or not finite; a bound of a Clip that is no single number.
+            values; another type than integers; a scale that is zero or not finite; a bound of a
+            Clip that is no single number.
     """
     _check_nodes(proto, where)
     graph = QuantizedGraph(proto)
@@ -93,6 +94,9 @@ def _quantizer(graph: QuantizedGraph, node: onnx.NodeProto) -> Iterator[str]:
     zero_point = (
         graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
     )
+    kind = graph.integer_type(node).name
+    if not kind.removeprefix("u").startswith("int"):
+        yield f"{kind} in place of integers"
     if scale is not None and not np.all(np.isfinite(scale) & (scale != 0)):
         yield "a scale that is zero or not finite"
     for what, values in (("scale", scale), ("zero point", zero_point)):

@@ -96,6 +96,12 @@ def _endless_opset(proto: onnx.ModelProto) -> None:
     proto.opset_import[0].version = 2**40
 
 
+def _float_zero_point(proto: onnx.ModelProto) -> None:
+    node = next(node for node in proto.graph.node if node.op_type == "QuantizeLinear")
+    entry = next(t for t in proto.graph.initializer if t.name == node.input[2])
+    entry.CopyFrom(onnx.helper.make_tensor(entry.name, onnx.TensorProto.FLOAT8E4M3FN, [], [0]))
+
+
 def _endless_ir_version(proto: onnx.ModelProto) -> None:
     proto.ir_version = 2**40
 
@@ -122,6 +128,7 @@ def _another_operator(proto: onnx.ModelProto) -> None:
         (_two_zero_points, "a zero point of shape"),
         (_bounds_in_a_row, "a bound that is no single number"),
         (_endless_opset, "imports opset 1099511627776"),
+        (_float_zero_point, "float8_e4m3fn in place of integers"),
         (_endless_ir_version, "IR version 1099511627776"),
         (_zero_scale, "a scale that is zero or not finite"),
         (_endless_row, "68719476736"),
