@@ -718,7 +718,7 @@ def _say_crash(name: str) -> int:
         what, hint = "the process was killed", "most likely memory ran out"
     else:
         what = f"a library crashed ({name})"
-        hint = "the model may be damaged; --debug shows how far it came"
+        hint = "the model may be damaged, or memory ran out; --debug shows how far it came"
     _stderr.print(f"zsq: {what}; {hint}", markup=False, soft_wrap=True)
     return 3
 
