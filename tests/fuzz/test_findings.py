@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 
-from graph_tools.errors import DataError, ModelError
+from graph_tools.errors import DataError, ModelError, VerificationError
 from graph_tools.prepare import prepare_for_quantization
 from graph_tools.qdq import write_qdq
 from graph_tools.torch_graph import TorchGraph
@@ -38,6 +38,17 @@ def test_verify_of_nodes_in_the_wrong_order(tmp_path: Path) -> None:
     proto.graph.node.extend(nodes)
     refused = proof_of(proto, tmp_path).interpreted.refused
     assert "the interpreter has no integers for" in refused
+
+
+def test_zero_points_that_do_not_fit_the_weights(tmp_path: Path) -> None:
+    """Taken off the weights in front of onnxruntime, which refuses them: a ValueError."""
+    proto = residual_network()
+    for node in proto.graph.node:
+        for entry in node.attribute:
+            if node.op_type == "DequantizeLinear" and entry.name == "axis":
+                entry.i = 2
+    with pytest.raises(VerificationError, match="onnxruntime fails"):
+        proof_of(proto, tmp_path)
 
 
 def test_a_dropout_whose_training_mode_is_no_scalar(make_model) -> None:
