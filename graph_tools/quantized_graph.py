@@ -195,6 +195,25 @@ class QuantizedGraph:
         """The scale of a QuantizeLinear or DequantizeLinear node; None when computed."""
         return self.constant(node.input[1])
 
+    def zero_points(
+        self, node: NodeProto, shape: tuple[int, ...]
+    ) -> np.ndarray[Any, Any] | None:
+        """The zero points of a DequantizeLinear node, int64, shaped to broadcast.
+
+        Args:
+            node: reads constants.
+            shape: of these; None is returned where the zero points do not fit it.
+        """
+        zero = self.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+        if zero is None or zero.size == 1:
+            return np.asarray(0 if zero is None else zero.item(), np.int64)
+        axis = int(attribute(node, "axis", 1)) % max(1, len(shape))
+        if not shape or zero.size != shape[axis]:
+            return None
+        return zero.astype(np.int64).reshape(
+            [-1 if at == axis else 1 for at in range(len(shape))]
+        )
+
     def origin(self, tensor: str) -> Origin:
         """Walk back from ``tensor`` to the last activations that were integers."""
         found: dict[str, NodeProto] = {}

@@ -199,11 +199,10 @@ class FakeQuantized:
         values = integers.astype(np.int64)
         if zero is not None and np.any(zero == -LIFT):
             raise _lifted(node)
-        if zero is not None and np.any(zero):
-            shape = [1] * values.ndim
-            if axis is not None:
-                shape[axis] = -1
-            values = values - zero.astype(np.int64).reshape(shape)
+        zeros = self.graph.zero_points(node, values.shape)
+        if zeros is None:
+            raise _refused(node, "has zero points that do not fit what it reads")
+        values = values - zeros
         signed = self.graph.limits(node)[0] < 0 or bool((values < 0).any())
         low, high = int(values.min(initial=0)), int(values.max(initial=0))
         bits = next(

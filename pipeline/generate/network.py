@@ -38,7 +38,6 @@ class Network:
         engine: what runs it; see `graph_tools.ort_graph` for ``"ort"``.
         precision: of convolutions and matrix products, see `pipeline.generate.precision`; engine
             torch only.
-
         chunk_size: images that go through it at a time, 0 for any number; what a model of a fixed
             batch takes is its own.
 

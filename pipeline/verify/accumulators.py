@@ -70,7 +70,9 @@ def measure_accumulators(graph: QuantizedGraph) -> Iterator[Accumulator]:
             stored = stored.astype(np.int64)
         scale = graph.scale(graph.producers[node.input[1]])
         free = scale is None or not is_power_of_two(scale)
-        weights = _by_output_channel(node, stored - _zero_points(graph, node, stored.shape))
+        zero = graph.zero_points(graph.producers[node.input[1]], stored.shape)
+        # Where they do not fit, onnxruntime refuses the file.
+        weights = _by_output_channel(node, stored if zero is None else stored - zero)
         low, high = graph.integer_range(data)
         span = high - low
         bias = _bias(graph, node, len(weights))
@@ -114,25 +116,6 @@ def refuse_overflow(graph: QuantizedGraph) -> None:
             where=f"{worst.op_type} {worst.node}",
             hint=f"fewer bits there make it fit: --bits '{worst.node}=W4'",
         )
-
-
-def _zero_points(
-    graph: QuantizedGraph, node: NodeProto, shape: tuple[int, ...]
-) -> np.ndarray[Any, Any]:
-    """Zero points of a node's weights, shaped to broadcast; int64.
-
-    0 where they do not fit the weights' shape: onnxruntime refuses such a file.
-    """
-    source = graph.producers[node.input[1]]
-    zero = graph.constant(source.input[2]) if len(source.input) > 2 else None
-    if zero is None or not shape:
-        return np.zeros((), np.int64)
-    if zero.size == 1:
-        return zero.astype(np.int64).reshape(())
-    axis = int(attribute(source, "axis", 1)) % len(shape)
-    if zero.size != shape[axis]:
-        return np.zeros((), np.int64)
-    return zero.astype(np.int64).reshape([-1 if at == axis else 1 for at in range(len(shape))])
 
 
 def _by_output_channel(node: NodeProto, weight: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
