@@ -27,9 +27,17 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graph_tools.channel_paths import Reader, readers_of
+from graph_tools.channel_paths import Reader
+from graph_tools.channel_scaling import (
+    ChannelPair,
+    blocks_of,
+    find_channel_pairs,
+    scale_channels,
+    scaled_inputs,
+    scaled_outputs,
+)
 from graph_tools.model import Model, replace_proto
-from graph_tools.rewrites import is_weighted, output_channel_axis, scale_weights
+from graph_tools.rewrites import output_channel_axis
 from graph_tools.weights import import_graph
 
 __all__ = ["equalize_channels"]
@@ -42,16 +50,14 @@ _LARGEST = 16.0  # exponent of a factor
 
 
 @dataclass(eq=False, kw_only=True)
-class _Pair:
-    """A weighted operator and all that read its output.
+class _Pair(ChannelPair):
+    """A pair, and how far its channels are scaled.
 
     Attributes:
         least: [channels] bounds of ``log_scale``; ``most`` likewise.
         log_scale: [channels] log2 of ``s``, so far.
     """
 
-    source: gs.Node
-    readers: tuple[Reader, ...]
     least: Array
     most: Array
     log_scale: Array
@@ -82,38 +88,16 @@ def equalize_channels(model: Model) -> Model:
     return replace_proto(model, proto, notes=notes)
 
 
-def _owns_weights(node: gs.Node) -> bool:
-    return (
-        is_weighted(node)
-        and len(node.inputs) == 3
-        and all(len(constant.outputs) == 1 for constant in node.inputs[1:])
-        and node.attrs.get("alpha", 1.0) == node.attrs.get("beta", 1.0) == 1.0
-    )
-
-
 def _find_pairs(graph: gs.Graph) -> tuple[list[_Pair], Counter[str]]:
+    found, refused = find_channel_pairs(graph)
     pairs: list[_Pair] = []
-    refused: Counter[str] = Counter()
-    for node in graph.nodes:
-        if not _owns_weights(node) or any(node.outputs[0] is o for o in graph.outputs):
-            continue
-        path = readers_of(graph, node.outputs[0], _owns_weights)
-        if path.obstacle:
-            refused[path.obstacle] += 1
-            continue
-        least, most = _limits(node, path.bound)
+    for pair in found:
+        least, most = _limits(pair.source, pair.bound)
         if not (least < most).any():
             refused["Clip"] += 1
             continue
-        pairs.append(
-            _Pair(
-                source=node,
-                readers=path.readers,
-                least=least,
-                most=most,
-                log_scale=np.zeros(least.size),
-            )
-        )
+        start = np.zeros(least.size)
+        pairs.append(_Pair(**vars(pair), least=least, most=most, log_scale=start))
     return pairs, refused
 
 
@@ -183,11 +167,11 @@ def _settle(pairs: list[_Pair]) -> None:
             target = np.clip(pair.log_scale + move, pair.least, pair.most)
             move, pair.log_scale = target - pair.log_scale, target
             scale = np.exp2(move)
-            weights[id(pair.source)] = _scaled_outputs(
+            weights[id(pair.source)] = scaled_outputs(
                 pair.source, weights[id(pair.source)], 1 / scale
             )
             for reader in pair.readers:
-                weights[id(reader.node)] = _scaled_inputs(
+                weights[id(reader.node)] = scaled_inputs(
                     reader, weights[id(reader.node)], scale
                 )
             largest = max(largest, float(np.abs(move).max(initial=0.0)))
@@ -200,50 +184,14 @@ def _apply(pair: _Pair) -> bool:
     exponents = np.rint(pair.log_scale)
     if not exponents.any():
         return False
-    scale_weights(pair.source, np.exp2(-exponents), np.zeros(exponents.size))
-    for reader in pair.readers:
-        weight = np.asarray(reader.node.inputs[1].values, np.float64)
-        scaled = _scaled_inputs(reader, weight, np.exp2(exponents))
-        reader.node.inputs[1].values = scaled.astype(np.float32)
+    scale_channels(pair, np.exp2(-exponents))
     return True
 
 
-def _blocks(node: gs.Node, weight: Array) -> Array:
-    """A view of the weight as [groups, out/groups, in/groups, taps]."""
-    groups = node.attrs.get("group", 1) if node.op != "Gemm" else 1
-    if node.op == "ConvTranspose":
-        view = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
-        return np.swapaxes(view, 1, 2)
-    if node.op == "Gemm" and not node.attrs.get("transB", 0):
-        return weight.T.reshape(1, weight.shape[1], weight.shape[0], 1)
-    return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
-
-
-def _unblocked(node: gs.Node, blocks: Array, shape: tuple[int, ...]) -> Array:
-    """The inverse of `_blocks`."""
-    if node.op == "ConvTranspose":
-        return np.swapaxes(blocks, 1, 2).reshape(shape)
-    if node.op == "Gemm" and not node.attrs.get("transB", 0):
-        return blocks.reshape(shape[1], shape[0]).T
-    return blocks.reshape(shape)
-
-
 def _output_ranges(node: gs.Node, weight: Array) -> Array:
-    return np.asarray(_blocks(node, weight).max(axis=(2, 3))).reshape(-1)
+    return np.asarray(blocks_of(node, weight).max(axis=(2, 3))).reshape(-1)
 
 
 def _input_ranges(reader: Reader, weight: Array, channels: int) -> Array:
-    ranges = _blocks(reader.node, weight).max(axis=(1, 3)).reshape(channels, reader.repeat)
+    ranges = blocks_of(reader.node, weight).max(axis=(1, 3)).reshape(channels, reader.repeat)
     return np.asarray(ranges.max(axis=1))
-
-
-def _scaled_outputs(node: gs.Node, weight: Array, factor: Array) -> Array:
-    blocks = _blocks(node, weight)
-    spread = factor.reshape(blocks.shape[0], blocks.shape[1], 1, 1)
-    return _unblocked(node, blocks * spread, weight.shape)
-
-
-def _scaled_inputs(reader: Reader, weight: Array, factor: Array) -> Array:
-    blocks = _blocks(reader.node, weight)
-    spread = np.repeat(factor, reader.repeat).reshape(blocks.shape[0], 1, blocks.shape[2], 1)
-    return _unblocked(reader.node, blocks * spread, weight.shape)

@@ -269,6 +269,9 @@ class QuantizeSettings:
     equalization: bool = False
     """Cross-layer equalization: scale the channels between two weighted operators, by powers of
     two and so without changing the float values, until the weights before and behind are alike."""
+    scale_absorption: bool = False
+    """Scale the channels between two weighted operators, where the weights before them have fewer
+    than 8 bits, so that power-of-two scales suit these; the weights behind absorb the rest."""
     shift_negative: bool = False
     """Shift the outputs of SiLU, hard-swish, GELU, PReLU and the like so that they are never
     negative where that gives them finer steps; the biases behind take it back."""
@@ -290,6 +293,8 @@ class QuantizeSettings:
         self.target()
         z = self.outlier_z
         _require(z == 0 or 1 <= z < math.inf, "outlier_z", z, "0, or 1 or more")
+        if self.scale_absorption:
+            self._check_scale_absorption()
         if self.second_moment_correction:
             self._check_second_moment_correction()
         if self.weight_granularity == "tensor" and self.weight_scale == "free":
@@ -303,6 +308,27 @@ class QuantizeSettings:
                 "4-bit types have no room below their smallest integer",
                 where="--zero-point below",
                 hint="leave out --container int4",
+            )
+
+    def _check_scale_absorption(self) -> None:
+        where = "--scale-absorption"
+        if self.weight_scale == "free":
+            raise SettingsError(
+                "free scales leave nothing to absorb",
+                where=where,
+                hint="leave out one of it and --weight-scale free",
+            )
+        if self.weight_granularity == "tensor":
+            raise SettingsError(
+                "channels are scaled for scales of their own",
+                where=where,
+                hint="leave out one of it and --weight-granularity tensor",
+            )
+        if self.target_size:
+            raise SettingsError(
+                "channels are scaled before the bits of the weights are chosen",
+                where=where,
+                hint="leave out one of it and --target-size; --bits names bits beforehand",
             )
 
     def _check_second_moment_correction(self) -> None:

@@ -34,6 +34,7 @@ from pipeline.quantize.mixed_precision import NUM_IMAGES, MixedPrecision, choose
 from pipeline.quantize.observe import Histogram, observe
 from pipeline.quantize.placement import Placement, Weighted, place
 from pipeline.quantize.refinement import OnStep, Refinement, without_terms
+from pipeline.quantize.scale_absorption import absorb_scales
 from pipeline.quantize.shift_negative import shift_negatives
 from pipeline.quantize.widths import Widths, choose_widths, tensor_bits
 from pipeline.settings import QuantizeSettings
@@ -108,6 +109,13 @@ def quantize(
 
     notes: list[str] = []
     layout = _Layout.of(model, settings, {})
+    if settings.scale_absorption:
+        bits = tensor_bits(layout.placement, layout.widths)
+        model, note = absorb_scales(
+            model, layout.graph, batches, layout.widths.weights, bits, settings
+        )
+        notes.append(note)
+        layout = _Layout.of(model, settings, {})
     if settings.shift_negative:
         bits = tensor_bits(layout.placement, layout.widths)
         model, shifted = shift_negatives(model, batches, bits, settings)

@@ -21,6 +21,7 @@ __all__ = [
     "Metric",
     "activation_exponent",
     "ceil_log2",
+    "rounded_weight",
     "squared_error",
     "weight_exponents",
     "weight_scales",
@@ -178,6 +179,17 @@ def weight_exponents(
         for rows in _row_chunks(weight, axis)
         for exponent in _row_exponents(rows, bits, metric, lifted)
     )
+
+
+def rounded_weight(
+    weight: Array, *, axis: int, bits: int, metric: Metric = "mse", lifted: bool = False
+) -> Array:
+    """The weight on the grid of the power-of-two scales that `weight_exponents` gives it."""
+    exponents = weight_exponents(weight, axis=axis, bits=bits, metric=metric, lifted=lifted)
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    scale = np.exp2(np.asarray(exponents, np.float64)).reshape(shape)
+    return _quantized(weight, scale, bits, True, lifted)
 
 
 def weight_scales(
