@@ -4,7 +4,8 @@ The images: ``real`` training images, ``dgh`` and ``prior`` made by the tool, ``
 but started from noise, as published; ``zeroq`` to ``sadag`` by the methods of those names. Noise is
 of two kinds: ``noise`` is the tool's own (pixels around middle gray, in the model's input range),
 ``normal`` is N(0, 1) in the model's input units, which flatters noise where the input is normalized
-to about that. ``float`` is the network itself.
+to about that. ``float`` is the network itself. Of ImageNet there is one file: a seed's real images
+are drawn from it, and no cell of that seed, whatever its images, is tested on them.
 
 Run from the repository root; the real networks and images are expected in ../shared:
 
@@ -40,7 +41,7 @@ from cells import Cell, add_shard, read_cells, run_cells, write_text
 
 from graph_tools.model import load
 from pipeline.evaluate.classification import evaluate_classification
-from pipeline.evaluate.datasets import open_dataset
+from pipeline.evaluate.datasets import Dataset, open_dataset
 from pipeline.images import ImageWriter
 from pipeline.preprocessing import Preprocessing
 from pipeline.run import QuantizeJob, quantize_file
@@ -92,6 +93,14 @@ CASES = {
         num_images=64,
     ),
 }
+
+
+def test_images(case: Case, seed: int) -> Dataset:
+    """The test images; those from which real images of this seed are drawn are left out."""
+    test = open_dataset(SHARED / "data" / case.test)
+    if case.test != case.calibration:
+        return test
+    return test.without(test.drawn(case.num_images, seed))
 
 
 def model_path(name: str) -> Path:
@@ -181,7 +190,7 @@ def float_cell(name: str) -> Cell:
 
 def quantized_cell(key: Key, settings: dict[str, Any], args: argparse.Namespace) -> Cell:
     case, model = CASES[key.network], model_path(key.network)
-    test = open_dataset(SHARED / "data" / case.test)
+    test = test_images(case, key.seed)
     settings = {**settings, "rounding": key.rounding}
     settings["weights"], settings["activations"] = bits_of(key.scheme)
     generation: dict[str, Any] = {"num_images": case.num_images, "seed": key.seed}

@@ -11,13 +11,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from accuracy import CASES, SHARED, bits_of, model_path
+from accuracy import CASES, bits_of, model_path, test_images
 from cells import Cell
 from paper_sources import METHODS, images_of, named, parsed
 from paper_tables import draw, pivot, save
 
 from pipeline.evaluate.classification import evaluate_classification
-from pipeline.evaluate.datasets import open_dataset
 from pipeline.run import QuantizeJob, quantize_file
 from pipeline.settings import (
     GenerateSettings,
@@ -71,8 +70,9 @@ def accuracy_cell(source: str, at: dict[str, Any], args: argparse.Namespace) -> 
         )
         result = quantize_file(job)
         seconds = time.perf_counter() - start
-        test = open_dataset(SHARED / "data" / case.test)
-        accuracy = evaluate_classification([job.output], test, case.preprocessing)[0]
+        accuracy = evaluate_classification(
+            [job.output], test_images(case, seed), case.preprocessing
+        )[0]
     return {
         "at": {**at, "images": source},
         "top1": accuracy.top1,

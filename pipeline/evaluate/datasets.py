@@ -8,7 +8,7 @@ import logging
 import os
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from pipeline.archives import check_member
 from pipeline.evaluate.files import Files, open_files
 from pipeline.evaluate.pictures import SUFFIXES
 from pipeline.evaluate.placement import Resize
-from pipeline.evaluate.sources import ArraySource, ImageSource, PictureSource
+from pipeline.evaluate.sources import ArraySource, ImageSource, PartSource, PictureSource
 
 if TYPE_CHECKING:
     from graph_tools.model import ImageInput
@@ -62,6 +62,25 @@ class Dataset:
             return len(self.class_names)
         return None if self.labels is None else int(self.labels.max()) + 1
 
+    def drawn(
+        self, limit: int | None = None, seed: int | None = None
+    ) -> npt.NDArray[np.int64]:
+        """Return the indices of the images that `batches` delivers, in their order."""
+        order = np.arange(self.count, dtype=np.int64)
+        if seed is not None:
+            order = np.random.default_rng(seed).permutation(order)
+        return order if limit is None else order[: max(0, limit)]
+
+    def without(self, left_out: npt.NDArray[np.int64]) -> Dataset:
+        """Return the images of all other indices, in their order."""
+        chosen = np.setdiff1d(np.arange(self.count, dtype=np.int64), left_out)
+        return replace(
+            self,
+            source=PartSource(whole=self.source, chosen=chosen),
+            count=len(chosen),
+            labels=None if self.labels is None else self.labels[chosen],
+        )
+
     def batches(
         self,
         model_input: ImageInput,
@@ -94,11 +113,7 @@ class Dataset:
         """
         if size < 1:
             raise ValueError(f"batch size {size} is not positive")
-        order = np.arange(self.count, dtype=np.int64)
-        if seed is not None:
-            order = np.random.default_rng(seed).permutation(order)
-        if limit is not None:
-            order = order[: max(0, limit)]
+        order = self.drawn(limit, seed)
         images = self.source.batches(order, size, model_input, preprocessing, resize)
         for start, batch in zip(range(0, len(order), size), images, strict=True):
             chosen = order[start : start + size]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from graph_tools.model import ImageInput
     from pipeline.preprocessing import Preprocessing
 
-__all__ = ["ArraySource", "ImageSource", "PictureSource"]
+__all__ = ["ArraySource", "ImageSource", "PartSource", "PictureSource"]
 
 Indices = npt.NDArray[np.int64]
 
@@ -37,6 +37,32 @@ class ImageSource(Protocol):
         resize: Resize = "crop",
     ) -> Iterator[npt.NDArray[np.float32]]:
         """Yield the images of ``indices``, ``size`` at a time: [<= size, *shape] float32."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PartSource:
+    """Some images of another source.
+
+    Args:
+        whole: the other source.
+        chosen: [N] indices there.
+    """
+
+    whole: ImageSource
+    chosen: Indices = field(repr=False)
+
+    def batches(
+        self,
+        indices: Indices,
+        size: int,
+        model_input: ImageInput,
+        preprocessing: Preprocessing,
+        resize: Resize = "crop",
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        """Yield the images of ``indices``, ``size`` at a time: [<= size, *shape] float32."""
+        return self.whole.batches(
+            self.chosen[indices], size, model_input, preprocessing, resize
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

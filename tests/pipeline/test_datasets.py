@@ -160,6 +160,19 @@ def test_limit_and_seed(tmp_path: Path) -> None:
         next(dataset.batches(takes(4, 4, 3), RAW, 0))
 
 
+def test_without_the_images_that_were_drawn(tmp_path: Path) -> None:
+    names = {f"{index % 2}/{index:02}.png": picture(index) for index in range(10)}
+    dataset = open_dataset(make_folder(tmp_path, names))
+    drawn = dataset.drawn(4, 7)
+    rest = dataset.without(drawn)
+    calibration, test = values(dataset, limit=4, seed=7), values(rest)
+    assert rest.count == 6
+    assert sorted(calibration + test) == list(range(10))
+    assert labels(rest) == [value % 2 for value in test]
+    assert test == [value for value in values(dataset) if value not in calibration]
+    assert len(set(values(rest, limit=3, seed=1)) & set(test)) == 3
+
+
 def test_larger_pictures_are_scaled_and_cropped_at_the_center() -> None:
     # Left half black, right half white, 40x20 to 10x10: the middle 20x20 at half size.
     image = Image.new("L", (40, 20))
