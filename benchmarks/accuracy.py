@@ -24,13 +24,14 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import re
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -311,7 +312,7 @@ def _spread(found: list[Cell]) -> str:
 def planned(
     args: argparse.Namespace, settings: dict[str, Any]
 ) -> Iterator[tuple[Key, Callable[[], Cell]]]:
-    """The cells that the flags name, those of all networks for a seed before the next seed."""
+    """The cells that the flags name."""
     others = {
         name: value
         for name, value in (("iterations", args.iterations), ("guess", args.guess))
@@ -320,20 +321,23 @@ def planned(
     variant = variant_name(settings, others)
     for name in args.networks:
         yield Key(network=name, scheme="float"), functools.partial(float_cell, name)
-    for seed in args.seeds:
-        for name in args.networks:
-            for scheme in args.schemes:
-                for rounding in args.rounding:
-                    for images in args.images:
-                        key = Key(
-                            network=name,
-                            scheme=scheme,
-                            variant=variant,
-                            rounding=rounding,
-                            images=images,
-                            seed=seed,
-                        )
-                        yield key, functools.partial(quantized_cell, key, settings, args)
+    for key in grid(args, args.networks, variant):
+        yield key, functools.partial(quantized_cell, key, settings, args)
+
+
+def grid(args: argparse.Namespace, networks: Iterable[str], variant: str) -> Iterator[Key]:
+    """The keys that the flags name, those of all networks for a seed before the next seed."""
+    for seed, network, scheme, rounding, images in itertools.product(
+        args.seeds, networks, args.schemes, args.rounding, args.images
+    ):
+        yield Key(
+            network=network,
+            scheme=scheme,
+            variant=variant,
+            rounding=rounding,
+            images=images,
+            seed=seed,
+        )
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -353,9 +357,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="+", default=list(CASES), choices=list(CASES))
+def add_grid(parser: argparse.ArgumentParser, images: Iterable[str], output: str) -> None:
+    """Add the flags that `grid` and `settings_of` read, and those about running cells."""
     parser.add_argument("--schemes", nargs="+", default=["W8A8"], metavar="W4A8")
     parser.add_argument("--scheme", choices=["full", "academic"], help="which tensors")
     parser.add_argument("--weight-scale")
@@ -363,17 +366,23 @@ def main() -> None:
     parser.add_argument("--rounding", nargs="+", default=["nearest"])
     parser.add_argument("--rounding-iterations", type=int)
     parser.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE")
-    parser.add_argument("--images", nargs="+", default=[*IMAGES[:4]], choices=IMAGES)
+    parser.add_argument("--images", nargs="+", default=[*images][:4], choices=[*images])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--iterations", type=int, default=0, help="of generation")
-    parser.add_argument("--guess", action="store_true", help="do not give mean and std")
     parser.add_argument("--keep-images", type=Path, help="folder")
-    parser.add_argument("--verify-images", type=int, default=64)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--tables-only", action="store_true")
-    parser.add_argument("--output", type=Path, default=RESULTS / "accuracy.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / output)
     add_shard(parser)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", default=list(CASES), choices=list(CASES))
+    add_grid(parser, IMAGES, "accuracy.json")
+    parser.add_argument("--iterations", type=int, default=0, help="of generation")
+    parser.add_argument("--guess", action="store_true", help="do not give mean and std")
+    parser.add_argument("--verify-images", type=int, default=64)
     args = parser.parse_args()
     for scheme in args.schemes:
         bits_of(scheme)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import RESULTS, SHARED, Key, bits_of, settings_of, variant_name
+from accuracy import SHARED, Key, add_grid, bits_of, grid, settings_of, variant_name
 from cells import Cell, read_cells, run_cells, write_text
 
 from graph_tools.model import load
@@ -198,38 +198,14 @@ def planned(args: argparse.Namespace) -> Iterator[tuple[Key, Callable[[], Cell]]
     others = {"images": args.count} if args.count != 32 else {}
     variant = variant_name(settings, others)
     yield Key(network=NETWORK, scheme="float"), float_cell
-    for seed in args.seeds:
-        for scheme in args.schemes:
-            for rounding in args.rounding:
-                for images in args.images:
-                    key = Key(
-                        network=NETWORK,
-                        scheme=scheme,
-                        variant=variant,
-                        rounding=rounding,
-                        images=images,
-                        seed=seed,
-                    )
-                    yield key, functools.partial(quantized_cell, key, settings, args)
+    for key in grid(args, [NETWORK], variant):
+        yield key, functools.partial(quantized_cell, key, settings, args)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--schemes", nargs="+", default=["W8A8"], metavar="W4A8")
-    parser.add_argument("--scheme", choices=["full", "academic"], help="which tensors")
-    parser.add_argument("--weight-scale")
-    parser.add_argument("--bits", action="append", metavar="PATTERN=W4A8")
-    parser.add_argument("--rounding", nargs="+", default=["nearest"])
-    parser.add_argument("--rounding-iterations", type=int)
-    parser.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE")
-    parser.add_argument("--images", nargs="+", default=[*IMAGES], choices=IMAGES)
+    add_grid(parser, IMAGES, "detection.json")
     parser.add_argument("--count", type=int, default=32, help="calibration images")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--keep-images", type=Path, help="folder")
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--fresh", action="store_true")
-    parser.add_argument("--tables-only", action="store_true")
-    parser.add_argument("--output", type=Path, default=RESULTS / "detection.json")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -239,6 +215,7 @@ def main() -> None:
             {str(key): run for key, run in planned(args)},
             lambda cell: f"mAP@0.5 {cell['map50']:.2f}, mAP@0.5:0.95 {cell['map50_95']:.2f}",
             fresh=args.fresh,
+            part=args.shard,
         )
     table = markdown(read_cells(args.output))
     write_text(args.output.with_suffix(".md"), table)
