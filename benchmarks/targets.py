@@ -27,7 +27,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 from benchmarks.cells import Cell, add_shard, read_cells, run_cells, write_text
-from benchmarks.proof import CASES, CIFAR, ROOT, SHARED, STANDARD
+from benchmarks.proof import CASES, CIFAR, ROOT, SHARED, STANDARD, source
 from graph_tools.model import load
 from pipeline.images import ImageSet, ImageWriter, open_images
 from pipeline.preprocessing import Preprocessing
@@ -59,11 +59,6 @@ NETWORKS = {
 }
 
 
-def network(name: str) -> Path:
-    own = ROOT / "models" / f"{name}.onnx"
-    return own if own.exists() else SHARED / "models" / f"{name}.onnx"
-
-
 def quantized(name: str, scheme: str, folder: Path, own: str = "") -> Path:
     """The quantized file; ``own``: the target it is made for, `OWN` what goes with it."""
     output = folder / f"{name}.{scheme.lower()}{own and '.' + own}.onnx"
@@ -72,7 +67,7 @@ def quantized(name: str, scheme: str, folder: Path, own: str = "") -> Path:
         (mean, std), _, shape = NETWORKS[name]
         quantize_file(
             QuantizeJob(
-                model=network(name),
+                model=source(name),
                 output=output,
                 input=InputSettings(mean=mean, std=std, input_shape=shape),
                 generation=GenerateSettings(method="noise", num_images=64),
@@ -87,7 +82,7 @@ def quantized(name: str, scheme: str, folder: Path, own: str = "") -> Path:
 
 def real_images(name: str, count: int, folder: Path) -> ImageSet:
     (mean, std), data, shape = NETWORKS[name]
-    model = load(network(name), input_shape=InputSettings(input_shape=shape).shape())
+    model = load(source(name), input_shape=InputSettings(input_shape=shape).shape())
     path = folder / "images.npz"
     if data:
         preprocessing = Preprocessing(mean=tuple(map(float, mean)), std=tuple(map(float, std)))
