@@ -96,12 +96,12 @@ CASES = {
 }
 
 
-def test_images(case: Case, seed: int) -> Dataset:
-    """The test images; those from which real images of this seed are drawn are left out."""
+def held_out(case: Case, seed: int, num_images: int = 0) -> Dataset:
+    """The test images, without those of them that are this seed's real calibration images."""
     test = open_dataset(SHARED / "data" / case.test)
     if case.test != case.calibration:
         return test
-    return test.without(test.drawn(case.num_images, seed))
+    return test.without(test.drawn(num_images or case.num_images, seed))
 
 
 def model_path(name: str) -> Path:
@@ -191,7 +191,7 @@ def float_cell(name: str) -> Cell:
 
 def quantized_cell(key: Key, settings: dict[str, Any], args: argparse.Namespace) -> Cell:
     case, model = CASES[key.network], model_path(key.network)
-    test = test_images(case, key.seed)
+    test = held_out(case, key.seed)
     settings = {**settings, "rounding": key.rounding}
     settings["weights"], settings["activations"] = bits_of(key.scheme)
     generation: dict[str, Any] = {"num_images": case.num_images, "seed": key.seed}

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from accuracy import CASES, bits_of, model_path, test_images
+from accuracy import CASES, bits_of, held_out, model_path
 from cells import Cell
 from paper_sources import METHODS, images_of, named, parsed
 from paper_tables import draw, pivot, save
@@ -48,13 +48,14 @@ def accuracy_cell(source: str, at: dict[str, Any], args: argparse.Namespace) -> 
         rounding=at["rounding"],
     )
     keep = args.keep_images
+    num_images = at.get("num_images", args.num_images)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         _, images, facts = images_of(
             source,
             network,
             seed,
-            num_images=at.get("num_images", args.num_images),
+            num_images=num_images,
             iterations=at.get("iterations", args.iterations),
             keep=keep if keep is not None else Path(folder) / "images",
             quantization=quantization,
@@ -71,7 +72,7 @@ def accuracy_cell(source: str, at: dict[str, Any], args: argparse.Namespace) -> 
         result = quantize_file(job)
         seconds = time.perf_counter() - start
         accuracy = evaluate_classification(
-            [job.output], test_images(case, seed), case.preprocessing
+            [job.output], held_out(case, seed, num_images), case.preprocessing
         )[0]
     return {
         "at": {**at, "images": source},

@@ -316,19 +316,19 @@ class QuantizeSettings:
             raise SettingsError(
                 "free scales leave nothing to absorb",
                 where=where,
-                hint="leave out one of it and --weight-scale free",
+                hint="leave out this or --weight-scale free",
             )
         if self.weight_granularity == "tensor":
             raise SettingsError(
-                "channels are scaled for scales of their own",
+                "channels are scaled for scales of their own, and weights have one for all",
                 where=where,
-                hint="leave out one of it and --weight-granularity tensor",
+                hint="leave it out, or --weight-granularity tensor and targets that ask for it",
             )
         if self.target_size:
             raise SettingsError(
                 "channels are scaled before the bits of the weights are chosen",
                 where=where,
-                hint="leave out one of it and --target-size; --bits names bits beforehand",
+                hint="leave out this or --target-size; --bits names bits beforehand",
             )
 
     def _check_second_moment_correction(self) -> None:

@@ -53,7 +53,8 @@ class Quantization:
     """A plan, and what was seen while making it.
 
     Attributes:
-        model: the network that the plan is for: the given one, or with shifts added to it.
+        model: the network that the plan is for: the given one, or with channels scaled or shifts
+            added.
         plan: quantizers and integers.
         clipped_percent: share of each quantized tensor's float values outside its quantizer.
         notes: in words, for the user.

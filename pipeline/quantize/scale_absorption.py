@@ -10,19 +10,20 @@ A factor has two prices. A channel made smaller uses less of its tensor's quanti
 larger leaves it sooner; and a Clip between the two operators, which stays where it is, bounds the
 channel elsewhere. For each channel the factor is taken with the smallest
 
-    rounding of the weights + 100 * clipping + rounding of the channel
+    rounding of the weights + 10,000 * clipping + rounding of the channel
 
 each the mean squared error in the channel's own units: of the weights by their errors and the mean
-squares of what they read, of clipping on the calibration images. Clipping counts more since it has
-one sign, since learning does not undo it, and since few images show little of it; at 10 and at
-1000 MobileNetV1's outputs are further from the float network's (docs/measured.md).
+squares of what they read, of clipping on the calibration images. Clipping counts so much that only
+channels move that hardly reach their bound: the float network, which all that follows is judged by,
+stays what it is.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -47,12 +48,14 @@ __all__ = ["absorb_scales"]
 Array = np.ndarray[Any, np.dtype[Any]]
 Batches = Callable[[], Iterable[torch.Tensor]]
 
-_LOG_FACTORS = np.arange(-8, 5) / 8
-_UNCHANGED = 8  # index of the factor 1
-_CLIPPING = 100.0
+_PHASES = 8  # of an octave; the error of weights repeats with it
+_LOG_FACTORS = np.arange(1 - _PHASES, _PHASES // 2 + 1) / _PHASES
+_UNCHANGED = _PHASES - 1  # index of the factor 1
+_CLIPPING = 1e4
 _GAIN = 0.99  # of the error: channels that gain less stay as they are
-_POSITIONS = 1024  # of each channel of an image, at least, where it has more
+_POSITIONS = 32  # along each side of an image, at least, where it has more
 _FEW_BITS = 8  # of weights; with as many, rounding them is no matter
+_CHUNK = 2**22  # weights whose errors are computed at a time
 
 
 @dataclass(eq=False, kw_only=True)
@@ -60,16 +63,16 @@ class _Seen:
     """What the calibration images show of a pair.
 
     Attributes:
-        top: up to where the channels' quantizer or Clip lets them pass.
-        rectified: whether what is negative does not.
-        squares: [input channels] mean squares of what the weights read.
-        clipped: [factors, channels] mean squared errors of clipping.
+        high: the largest value that passes.
+        squares: [input channels] sums of the mean squares of what the weights read, by image.
+        clipped: [factors, channels] the same of the errors of clipping.
+        count: images.
     """
 
-    top: float
-    rectified: bool
-    squares: Array
-    clipped: Array
+    high: float = 0.0
+    squares: Array = field(default_factory=lambda: np.zeros(()))
+    clipped: Array = field(default_factory=lambda: np.zeros(()))
+    count: int = 0
 
 
 def absorb_scales(
@@ -86,9 +89,10 @@ def absorb_scales(
         model: prepared for quantization.
         graph: the same network in torch.
         batches: starts a new pass over the images, each batch ``[n, ...]`` in the model's layout.
-        weights: bits of the weights by operator; operators with 8 and others stay as they are.
+        weights: bits of the weights by operator. Channels made by others, or by weights of 8 bits,
+            stay as they are.
         activations: bits of the tensors that are quantized.
-        settings: threshold error, zero points.
+        settings: threshold error, zero points, signs.
 
     Returns:
         The network with other weights (same values, but where a Clip now bounds a channel
@@ -106,110 +110,112 @@ def absorb_scales(
         return model, "scales absorbed behind 0 operators"
     seen = _look(graph, pairs, batches)
     incoming: dict[int, Array] = {}
-    before = after = 0.0
-    moved = channels = 0
+    ratios: list[Array] = []
+    moved = 0
     for pair, sight in zip(pairs, seen, strict=True):
-        squares = sight.squares * incoming.get(id(pair.source), 1.0) ** 2
+        if not sight.count:
+            continue
+        squares = sight.squares / sight.count * incoming.get(id(pair.source), 1.0) ** 2
         rounding = _weight_errors(pair.source, squares, weights[pair.source.name], settings)
         bits = activations.get(pair.source.outputs[0].name, settings.activations)
-        step = sight.top / 2.0 ** (bits if sight.rectified else bits - 1)
+        unsigned = _rectified(pair) and settings.signedness == "auto"
+        step = _top(pair, sight) / 2.0 ** (bits if unsigned else bits - 1)
         own = (step / np.exp2(_LOG_FACTORS)) ** 2 / 12
-        cost = rounding + _CLIPPING * sight.clipped + own[:, None]
+        cost = rounding + _CLIPPING * sight.clipped / sight.count + own[:, None]
+        before, place = rounding[_UNCHANGED], np.arange(rounding.shape[1])
         best = cost.argmin(axis=0)
-        place = np.arange(best.size)
-        best = np.where(cost[best, place] < _GAIN * cost[_UNCHANGED], best, _UNCHANGED)
-        before += rounding[_UNCHANGED].sum()
-        after += rounding[best, place].sum()
-        moved, channels = moved + int((best != _UNCHANGED).sum()), channels + best.size
+        gains = (before > 0) & (cost[best, place] < _GAIN * cost[_UNCHANGED])
+        best = np.where(gains, best, _UNCHANGED)
+        ratios.append(rounding[best, place][before > 0] / before[before > 0])
+        moved += int((best != _UNCHANGED).sum())
         factor = np.exp2(_LOG_FACTORS[best])
         scale_channels(pair, factor)
         for reader in pair.readers:
             incoming[id(reader.node)] = np.repeat(factor, reader.repeat)
     proto: onnx.ModelProto = gs.export_onnx(nodes, do_type_check=False)
     proto.ir_version = model.proto.ir_version
-    total = len(found) + refused.total()
+    ratio = np.concatenate([*ratios, np.ones(0)])
+    mean = float(np.exp(np.log(np.maximum(ratio, FLOOR)).mean())) if ratio.size else 1.0
     return replace_proto(model, proto), (
-        f"scales absorbed: {moved} of {channels} channels behind {len(pairs)} of {total} "
-        f"operators; what their weights lose by rounding is {after / max(before, FLOOR):.2f} of "
-        "what it was"
+        f"scales absorbed: {moved} channels behind {len(pairs)} of {len(found) + refused.total()} "
+        f"operators; rounding their weights costs {mean:.2f} of what it did, in the mean"
     )
 
 
 def _weight_errors(
     node: gs.Node, squares: Array, bits: int, settings: QuantizeSettings
 ) -> Array:
-    """[factors, channels]: what rounding the weights adds to each channel, in its own units."""
+    """[factors, channels]: what rounding the weights adds to each channel, in its own units.
+
+    ``squares`` [input channels] are the mean squares of what they read.
+    """
     blocks = blocks_of(node, np.asarray(node.inputs[1].values, np.float64))
-    groups, rows = blocks.shape[0], blocks.shape[0] * blocks.shape[1]
-    read = np.broadcast_to(squares.reshape(groups, 1, -1, 1), blocks.shape).reshape(rows, -1)
-    weight = blocks.reshape(rows, -1)
-    errors = np.empty((_LOG_FACTORS.size, rows))
-    for index, factor in enumerate(np.exp2(_LOG_FACTORS)):
+    groups, outputs, inputs, _ = blocks.shape
+    read = squares.reshape(groups, inputs)
+    errors = np.empty((_PHASES, groups, outputs))
+    chunk = max(1, _CHUNK // max(1, blocks[:, 0].size))
+    for phase, first in product(range(_PHASES), range(0, outputs, chunk)):
+        weight = blocks[:, first : first + chunk]
+        factor = 2.0 ** (phase / _PHASES)
         rounded = rounded_weight(
-            weight * factor,
+            (weight * factor).reshape(-1, *weight.shape[2:]),
             axis=0,
             bits=bits,
             metric=settings.threshold,
             lifted=settings.lifted,
-        )
-        errors[index] = ((rounded / factor - weight) ** 2 * read).sum(axis=1)
-    return errors
+        ).reshape(weight.shape)
+        lost = ((rounded / factor - weight) ** 2).sum(axis=3)
+        errors[phase, :, first : first + chunk] = np.einsum("goi,gi->go", lost, read)
+    phases = np.rint(_LOG_FACTORS * _PHASES).astype(int) % _PHASES
+    return np.asarray(errors.reshape(_PHASES, -1)[phases])
 
 
 def _look(graph: TorchGraph, pairs: list[ChannelPair], batches: Batches) -> list[_Seen]:
     """Two passes over the images: the first finds each tensor's range, the second clips."""
     made = {pair.source.outputs[0].name: pair for pair in pairs}
-    read = {pair.source.inputs[0].name for pair in pairs}
-    high: dict[str, float] = {}
-    sums: dict[str, list[Array]] = {}
+    readers: dict[str, list[_Seen]] = {}
+    seen = {name: _Seen() for name in made}
+    for name, pair in made.items():
+        readers.setdefault(pair.source.inputs[0].name, []).append(seen[name])
 
     def measure(name: str, value: torch.Tensor) -> torch.Tensor:
-        if name in read:
-            sums.setdefault(name, []).append(_channels(value).square().mean(1).numpy())
-        if name in made:
-            most = float(_passed(made[name], value).max())
-            high[name] = max(high.get(name, 0.0), most)
+        if name in readers and value.numel():
+            squares = _channels(value).square().mean(1, dtype=torch.float64) * len(value)
+            for sight in readers[name]:
+                sight.squares = sight.squares + squares.numpy()
+        if name in made and value.numel():
+            high = float(_passed(made[name], value).max())
+            seen[name].high = max(seen[name].high, high)
         return value
 
-    clipped: dict[str, list[Array]] = {}
-
     def clip(name: str, value: torch.Tensor) -> torch.Tensor:
-        if name in made:
-            rows = _channels(_sparse(_passed(made[name], value)))
-            whole = rows.clamp(max=top[name])
+        if name in made and value.numel() and math.isfinite(seen[name].high):
+            sight, rows = seen[name], _channels(_sparse(_passed(made[name], value)))
+            top = _top(made[name], sight)
+            whole = rows.clamp(max=top)
             errors = [
-                (whole - rows.clamp(max=top[name] / factor)).square().mean(1).numpy()
+                (whole - rows.clamp(max=top / factor)).square().mean(1, dtype=torch.float64)
                 for factor in np.exp2(_LOG_FACTORS)
             ]
-            clipped.setdefault(name, []).append(np.stack(errors))
+            sight.clipped = sight.clipped + torch.stack(errors).numpy() * len(value)
+            sight.count += len(value)
         return value
 
     with torch.no_grad():
-        for batch in batches():
-            graph(batch, hook=measure)
-        top = {
-            name: pair.bound
-            if pair.bound < math.inf
-            else 2.0 ** ceil_log2(max(high[name], FLOOR))
-            for name, pair in made.items()
-        }
-        for batch in batches():
-            graph(batch, hook=clip)
-    return [
-        _Seen(
-            top=top[name],
-            rectified=_rectified(pair),
-            squares=np.mean(sums[pair.source.inputs[0].name], axis=0),
-            clipped=np.mean(clipped[name], axis=0),
-        )
-        for name, pair in made.items()
-    ]
+        for hook in (measure, clip):
+            for batch in batches():
+                graph(batch, hook=hook)
+    return list(seen.values())
+
+
+def _top(pair: ChannelPair, sight: _Seen) -> float:
+    """Up to where channels pass their quantizer and their Clip."""
+    return min(pair.bound, 2.0 ** ceil_log2(max(sight.high, FLOOR)))
 
 
 def _rectified(pair: ChannelPair) -> bool:
-    """Whether what a pair's operator makes passes only where it is positive."""
-    readers = pair.source.outputs[0].outputs
-    return pair.bound < math.inf or all(node.op == "Relu" for node in readers)
+    """Whether what a pair's operator makes passes only where it is positive, on all paths."""
+    return all(node.op in ("Relu", "Clip") for node in pair.source.outputs[0].outputs)
 
 
 def _passed(pair: ChannelPair, value: torch.Tensor) -> torch.Tensor:
@@ -217,11 +223,13 @@ def _passed(pair: ChannelPair, value: torch.Tensor) -> torch.Tensor:
 
 
 def _channels(value: torch.Tensor) -> torch.Tensor:
-    """[channels, all else] of a tensor with channels on axis 1, in float64."""
-    return value.transpose(0, 1).flatten(1).double()
+    """[channels, all else] of a tensor with channels on axis 1."""
+    return value.transpose(0, 1).flatten(1)
 
 
 def _sparse(value: torch.Tensor) -> torch.Tensor:
-    """Some positions of large images, evenly spread."""
-    rows = value.flatten(2) if value.ndim > 2 else value[:, :, None]
-    return rows[:, :, :: max(1, rows.shape[2] // _POSITIONS)]
+    """Some positions of large images, evenly spread over each axis."""
+    for axis in range(2, value.ndim):
+        step = max(1, value.shape[axis] // _POSITIONS)
+        value = value.index_select(axis, torch.arange(0, value.shape[axis], step))
+    return value
