@@ -302,12 +302,13 @@ def test_a_run_absorbs_shifts_learns_and_proves(make_model, images, tmp_path):
     (note,) = (n for n in result.report["quantization"]["notes"] if "absorbed" in n)
     found = re.fullmatch(
         r"scales absorbed: (\d+) channels behind 1 of 2 operators; rounding their weights costs "
-        r"(0\.\d\d) of what it did, in the mean",
+        r"(0\.\d\d) of what it did, in the mean; outputs in float stay as they are to (\d+) dB",
         note,
     )
     assert found
     assert int(found[1]) > 0
     assert float(found[2]) < 1
+    assert int(found[3]) > 20
 
 
 def test_the_file_is_proven(make_model, images, tmp_path):
