@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from graph_tools.channel_paths import Reader
@@ -38,7 +37,7 @@ from graph_tools.channel_scaling import (
 )
 from graph_tools.model import Model, replace_proto
 from graph_tools.rewrites import output_channel_axis
-from graph_tools.weights import import_graph
+from graph_tools.weights import export_graph, import_graph
 
 __all__ = ["equalize_channels"]
 
@@ -83,9 +82,7 @@ def equalize_channels(model: Model) -> Model:
     if refused:
         counted = ", ".join(f"{reason} {count}" for reason, count in refused.most_common())
         notes.append(f"not equalized, because of what reads the channels: {counted}")
-    proto: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
-    proto.ir_version = model.proto.ir_version
-    return replace_proto(model, proto, notes=notes)
+    return replace_proto(model, export_graph(graph, model.proto), notes=notes)
 
 
 def _find_pairs(graph: gs.Graph) -> tuple[list[_Pair], Counter[str]]:

@@ -9,9 +9,6 @@ convolution and Gemm, and every attribute written out.
 
 from __future__ import annotations
 
-import onnx
-import onnx_graphsurgeon as gs
-
 from graph_tools.batchnorm import fold_batch_norms
 from graph_tools.bounds import rescale_bounds
 from graph_tools.model import Model, replace_proto
@@ -27,7 +24,7 @@ from graph_tools.rewrites import (
     round_average_pools_down,
     write_attributes_out,
 )
-from graph_tools.weights import import_graph
+from graph_tools.weights import export_graph, import_graph
 
 __all__ = ["prepare_for_quantization"]
 
@@ -66,6 +63,4 @@ def prepare_for_quantization(model: Model) -> Model:
         if count and effect:
             notes.append(f"{effect}: {count}")
         graph.cleanup().toposort()
-    proto: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
-    proto.ir_version = folded.proto.ir_version
-    return replace_proto(folded, proto, notes=tuple(notes))
+    return replace_proto(folded, export_graph(graph, folded.proto), notes=tuple(notes))

@@ -14,13 +14,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from graph_tools.model import Model, replace_proto
 from graph_tools.passes import unused_name
 from graph_tools.rewrites import constant_operand, is_weighted, rank_of
-from graph_tools.weights import import_graph
+from graph_tools.weights import export_graph, import_graph
 
 __all__ = ["find_shiftable", "shift_tensors"]
 
@@ -84,9 +83,7 @@ def shift_tensors(model: Model, shifts: Mapping[str, float]) -> tuple[Model, dic
         graph.nodes.append(gs.Node("Add", node_name, {}, [tensor, constant], [shifted]))
         names[name] = shifted.name
     graph.cleanup().toposort()
-    proto: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
-    proto.ir_version = model.proto.ir_version
-    return replace_proto(model, proto), names
+    return replace_proto(model, export_graph(graph, model.proto)), names
 
 
 def _take_back(graph: gs.Graph, node: gs.Node, shift: float, taken: set[str]) -> None:

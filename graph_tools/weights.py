@@ -33,6 +33,7 @@ from graph_tools.errors import ZsqError
 __all__ = [
     "MAX_INLINE",
     "SMALL",
+    "export_graph",
     "import_graph",
     "is_outside",
     "move_out",
@@ -228,3 +229,10 @@ def import_graph(proto: onnx.ModelProto) -> gs.Graph:
             tensor._values = _Mapped(outside[name])
             tensor.data_location = None  # once they are read they go inside
     return graph
+
+
+def export_graph(graph: gs.Graph, origin: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model of a graph that `import_graph` made of ``origin``; its IR version stays."""
+    proto: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
+    proto.ir_version = origin.ir_version
+    return proto

@@ -29,7 +29,6 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 import torch
 
@@ -41,7 +40,7 @@ from graph_tools.channel_scaling import (
 )
 from graph_tools.model import Model, replace_proto
 from graph_tools.torch_graph import TorchGraph
-from graph_tools.weights import import_graph
+from graph_tools.weights import export_graph, import_graph
 from pipeline.quantize.thresholds import FLOOR, ceil_log2, rounded_weight
 from pipeline.settings import QuantizeSettings
 
@@ -120,30 +119,37 @@ def absorb_scales(
         squares = sight.squares / sight.count * incoming.get(id(pair.source), 1.0) ** 2
         rounding = _weight_errors(pair.source, squares, weights[pair.source.name], settings)
         bits = activations.get(pair.source.outputs[0].name, settings.activations)
-        unsigned = _rectified(pair) and settings.signedness == "auto"
-        step = _top(pair, sight) / 2.0 ** (bits if unsigned else bits - 1)
-        own = (step / np.exp2(_LOG_FACTORS)) ** 2 / 12
-        cost = rounding + _CLIPPING * sight.clipped / sight.count + own[:, None]
-        before, place = rounding[_UNCHANGED], np.arange(rounding.shape[1])
-        best = cost.argmin(axis=0)
-        gains = (before > 0) & (cost[best, place] < _GAIN * cost[_UNCHANGED])
-        best = np.where(gains, best, _UNCHANGED)
-        ratios.append(rounding[best, place][before > 0] / before[before > 0])
+        best = _best(pair, sight, rounding, bits, settings)
+        before, after = rounding[_UNCHANGED], rounding[best, np.arange(best.size)]
+        ratios.append(after[before > 0] / before[before > 0])
         moved += int((best != _UNCHANGED).sum())
         factor = np.exp2(_LOG_FACTORS[best])
         scale_channels(pair, factor)
         for reader in pair.readers:
             incoming[id(reader.node)] = np.repeat(factor, reader.repeat)
-    proto: onnx.ModelProto = gs.export_onnx(nodes, do_type_check=False)
-    proto.ir_version = model.proto.ir_version
     ratio = np.concatenate([*ratios, np.ones(0)])
     mean = float(np.exp(np.log(np.maximum(ratio, FLOOR)).mean())) if ratio.size else 1.0
-    scaled = replace_proto(model, proto)
+    scaled = replace_proto(model, export_graph(nodes, model.proto))
     return scaled, (
         f"scales absorbed: {moved} channels behind {len(pairs)} of {len(found) + refused.total()} "
         f"operators; rounding their weights costs {mean:.2f} of what it did, in the mean; outputs "
         f"in float stay as they are to {_agreement(graph, scaled, batches):.0f} dB"
     )
+
+
+def _best(
+    pair: ChannelPair, sight: _Seen, rounding: Array, bits: int, settings: QuantizeSettings
+) -> Array:
+    """[channels]: index of the factor with the smallest error, `_UNCHANGED` if it gains little.
+
+    ``rounding`` [factors, channels] are the errors of the weights, ``bits`` those of the channels.
+    """
+    unsigned = _rectified(pair) and settings.signedness == "auto"
+    step = _top(pair, sight) / 2.0 ** (bits if unsigned else bits - 1)
+    own = (step / np.exp2(_LOG_FACTORS)) ** 2 / 12
+    cost = rounding + _CLIPPING * sight.clipped / sight.count + own[:, None]
+    gains = (rounding[_UNCHANGED] > 0) & (cost.min(axis=0) < _GAIN * cost[_UNCHANGED])
+    return np.where(gains, cost.argmin(axis=0), _UNCHANGED)
 
 
 def _agreement(graph: TorchGraph, scaled: Model, batches: Batches) -> float:
